@@ -1,0 +1,80 @@
+# Every target works from a fresh clone: what a target needs is installed into .venv first. `make help` lists them.
+#
+#   PYTHON       the Python to make .venv with (3.11 or later); default python3
+#   TORCH_INDEX  where to get torch from, such as https://download.pytorch.org/whl/cpu; default: pip's own index
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install demo test test-all check format bench clean distclean
+
+help: ## Show this list.
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+install: .venv/installed-dev ## Install Overture and the developer tools into .venv.
+
+demo: .venv/installed ## Tune a few prompts on the embedded model and write demo_out/.
+	$(BIN)/overture demo --out demo_out
+
+test: .venv/installed-dev ## Run the tests, without the slow ones.
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-all: .venv/installed-dev ## Run all tests.
+	$(BIN)/python -m pytest -q
+
+check: .venv/installed-dev ## Check format, lint, types and the direction of imports.
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+format: .venv/installed-dev ## Rewrite the source in the project's format.
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: .venv/installed-dev ## Run the scripts in benchmarks/.
+	@set -e; found=; for script in benchmarks/*.py; do \
+		[ -e "$$script" ] || continue; found=yes; echo "==> $$script"; $(BIN)/python "$$script"; \
+	done; [ -n "$$found" ] || echo "No benchmarks yet. Each will come to benchmarks/ together with its report."
+
+clean: ## Remove what the tools and the demo wrote.
+	rm -rf demo_out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find overture tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## Remove .venv, too.
+	rm -rf .venv
+
+# torch comes first and alone: asked for together with the rest, pip may settle on another build of it.
+.venv/torch: constraints.txt
+	@$(BIN)/python -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+			echo "Overture needs Python 3.11 or later; $(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo not found)." >&2; \
+			echo "Name another: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }; \
+		echo "==> Making .venv with $$($(PYTHON) --version)"; $(PYTHON) -m venv --clear .venv; }
+	@$(repair)
+	@echo "==> Installing $(TORCH) (a few hundred MB; this can take a few minutes)"
+	@$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(TORCH)
+	@touch $@
+
+.venv/installed: .venv/torch pyproject.toml
+	@$(repair)
+	@echo "==> Installing Overture and its libraries (a minute or two)"
+	@$(PIP) -e .
+	@touch $@
+
+.venv/installed-dev: .venv/installed
+	@$(repair)
+	@echo "==> Installing the developer tools (a minute or two)"
+	@$(PIP) -e '.[dev]'
+	@touch $@
+
+# pip writes INSTALLER after a package's files. Without it an install was cut short, and pip must not think it is there.
+repair = for package in .venv/lib/python3*/site-packages/*.dist-info; do \
+	[ ! -d "$$package" ] || [ -e "$$package/INSTALLER" ] || { \
+	echo "==> Removing the half-installed $$(basename $$package .dist-info)"; rm -rf "$$package"; }; done
