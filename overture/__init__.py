@@ -1,0 +1,70 @@
+"""Overture: soft prompts for frozen language models, tuned, stored and answered in one mixed batch.
+
+Names are loaded when first used, so that `import overture` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from overture.dispatch import detach as detach
+    from overture.errors import OvertureError as OvertureError
+    from overture.methods import DeepPrompt as DeepPrompt
+    from overture.methods import PrefixTuning as PrefixTuning
+    from overture.methods import PromptTuning as PromptTuning
+    from overture.methods import PTuning as PTuning
+    from overture.models import load_base as load_base
+    from overture.prompt import KVPrefix as KVPrefix
+    from overture.prompt import SoftPrompt as SoftPrompt
+    from overture.prompt import VirtualTokens as VirtualTokens
+    from overture.runtime.compile import compile_prefixes as compile_prefixes
+    from overture.runtime.encode import encode as encode
+    from overture.runtime.generate import generate as generate
+    from overture.runtime.prompts import prompts as prompts
+    from overture.spec import ModelSpec as ModelSpec
+    from overture.template import Template as Template
+    from overture.tune.api import tune as tune
+    from overture.tune.api import tune_many as tune_many
+    from overture.tune.config import TuneConfig as TuneConfig
+    from overture.tune.evaluate import evaluate as evaluate
+    from overture.tune.results import TuneResult as TuneResult
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "DeepPrompt": "methods",
+    "KVPrefix": "prompt",
+    "ModelSpec": "spec",
+    "OvertureError": "errors",
+    "PTuning": "methods",
+    "PrefixTuning": "methods",
+    "PromptTuning": "methods",
+    "SoftPrompt": "prompt",
+    "Template": "template",
+    "TuneConfig": "tune.config",
+    "TuneResult": "tune.results",
+    "VirtualTokens": "prompt",
+    "compile_prefixes": "runtime.compile",
+    "detach": "dispatch",
+    "encode": "runtime.encode",
+    "evaluate": "tune.evaluate",
+    "generate": "runtime.generate",
+    "load_base": "models",
+    "prompts": "runtime.prompts",
+    "tune": "tune.api",
+    "tune_many": "tune.api",
+}
+
+__all__ = [*_HOMES, "__version__"]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"overture.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'overture' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

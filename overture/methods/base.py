@@ -1,0 +1,125 @@
+"""What a method is, and the little it may ask of the frozen model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Generator, Tensor, nn
+
+from overture.errors import ConfigError
+from overture.prompt import BlockInputs, KVPrefix, VirtualTokens
+from overture.spec import ModelSpec
+from overture.template import Template
+
+__all__ = ["FrozenModel", "Init", "Method", "Prepared", "PromptModule", "seeded"]
+
+Init = str | tuple[str, ...]
+"""`"random"`, `"vocabulary"`, a tuple of class labels, or any other string: words to start from."""
+
+Prepared = VirtualTokens | KVPrefix | BlockInputs
+"""What a prompt module may produce; the runtime turns each into something that enters the model."""
+
+
+class FrozenModel(Protocol):
+    """The frozen model as a method sees it when it chooses a start."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's shape."""
+        ...
+
+    def token_ids(self, text: str) -> Int[Tensor, " N"]:
+        """Token ids of `text` without special tokens."""
+        ...
+
+    def embed(self, ids: Int[Tensor, " N"]) -> Float[Tensor, "N hidden"]:
+        """Input embeddings of token ids."""
+        ...
+
+    def activations(self, tokens: VirtualTokens) -> KVPrefix:
+        """Keys and values that every attention layer computes for `tokens` at positions 0..P-1."""
+        ...
+
+    def block_inputs(self, tokens: VirtualTokens) -> BlockInputs:
+        """What enters every transformer block when `tokens` stand at positions 0..P-1."""
+        ...
+
+
+class PromptModule(nn.Module, ABC):
+    """A trainable soft prompt. Its parameters are all that training changes."""
+
+    @abstractmethod
+    def forward(self, generator: Generator | None = None) -> Prepared:
+        """The prompt as it stands now, with gradient.
+
+        Args:
+            generator: source of dropout noise; None switches dropout off.
+        """
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Method(ABC):
+    """Configuration of one way of training a soft prompt."""
+
+    name: ClassVar[str]
+    default_learning_rate: ClassVar[float]
+    """Step size that works on small backbones, in units of the model's own embedding or key scale."""
+
+    num_virtual_tokens: int | None = None
+    """Length P, 1 or more. None: as many as the words given as `init` have tokens, or the method's usual length."""
+    init: Init = "random"
+    """Start: `"random"` at the model's own scale, `"vocabulary"` (sampled from its 5,000 most frequent tokens), or words."""
+
+    def __post_init__(self) -> None:
+        if self.num_virtual_tokens is not None and self.num_virtual_tokens < 1:
+            raise ConfigError(
+                expected="num_virtual_tokens of 1 or more",
+                got=str(self.num_virtual_tokens),
+                do="choose 10 to 50 for Prefix Tuning, 20 to 100 for Prompt Tuning",
+            )
+
+    @property
+    def template_(self) -> Template | None:
+        """Where the virtual tokens stand; None for in front of the text."""
+        return None
+
+    @property
+    def learning_rate(self) -> float:
+        """Step size used when a run names none."""
+        return self.default_learning_rate
+
+    @abstractmethod
+    def build(self, frozen: FrozenModel, generator: Generator) -> PromptModule:
+        """A trainable module at its start. All randomness comes from `generator`."""
+
+    def describe(self) -> dict[str, Any]:
+        """Name and options, JSON-ready."""
+        options = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {"name": self.name} | {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
+
+
+class seeded:  # noqa: N801 - reads as a verb, like torch.no_grad
+    """Context in which torch's default layers initialise from `generator`, leaving the global stream untouched."""
+
+    def __init__(self, generator: Generator) -> None:
+        self.seed = int(torch.randint(2**62, (1,), generator=generator))
+        self.fork = torch.random.fork_rng(devices=[])
+
+    def __enter__(self) -> None:
+        self.fork.__enter__()
+        torch.random.manual_seed(self.seed)
+
+    def __exit__(self, *exc: object) -> None:
+        self.fork.__exit__(None, None, None)
+
+
+def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise `ConfigError` unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ConfigError(
+            expected=f"{option} to be one of {', '.join(choices)}", got=repr(value), do="choose one of these"
+        )

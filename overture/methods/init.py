@@ -1,0 +1,102 @@
+"""Where a soft prompt starts: random at the model's own scale, sampled vocabulary, class labels, or words."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Generator, Tensor
+
+from overture.errors import ConfigError
+from overture.methods.base import FrozenModel, Init
+from overture.prompt import VirtualTokens
+
+__all__ = ["prompt_length", "random_like", "start_embeddings", "start_tokens"]
+
+_FREQUENT = 5_000
+_SCALE_TOKENS = 64
+
+
+def prompt_length(init: Init, asked: int | None, frozen: FrozenModel, usual: int) -> int:
+    """The number of virtual tokens P: what was asked, or as many as the words have, or the usual."""
+    if asked is not None:
+        return asked
+    if isinstance(init, str) and init not in ("random", "vocabulary"):
+        return len(_word_ids(init, frozen))
+    return max(usual, len(init)) if isinstance(init, tuple) else usual
+
+
+def start_tokens(init: Init, length: int, frozen: FrozenModel, generator: Generator) -> VirtualTokens | None:
+    """Real tokens (or means of them) to start from, or None if the start is random.
+
+    Args:
+        init: `"vocabulary"` samples without replacement from the first 5,000 ids; a tuple of labels gives each label
+            one slot, the mean of its tokens, and samples the rest (both arXiv:2104.08691); words are repeated or cut
+            to `length` tokens.
+        length: P.
+    """
+    if init == "random":
+        return None
+    if init == "vocabulary":
+        return VirtualTokens(frozen.embed(_sampled_ids(length, frozen, generator)))
+    if isinstance(init, str):
+        ids = _word_ids(init, frozen)
+        return VirtualTokens(frozen.embed(ids.repeat(-(-length // len(ids)))[:length]))
+    return VirtualTokens(_label_rows(init, length, frozen, generator))
+
+
+def start_embeddings(init: Init, length: int, frozen: FrozenModel, generator: Generator) -> Float[Tensor, "P hidden"]:
+    """Input-layer start: `start_tokens`, or uniform noise with the input embeddings' root mean square."""
+    tokens = start_tokens(init, length, frozen, generator)
+    if tokens is not None:
+        return tokens.embeddings
+    noise = torch.rand(length, frozen.spec.hidden_size, generator=generator) * 2 - 1
+    return noise * (3**0.5 * frozen.spec.embedding_scale)
+
+
+def reference_tokens(frozen: FrozenModel, generator: Generator) -> VirtualTokens:
+    """Some frequent tokens, run once to learn the scale of what the model computes."""
+    count = min(_SCALE_TOKENS, frozen.spec.vocab_size, frozen.spec.max_positions or _SCALE_TOKENS)
+    return VirtualTokens(frozen.embed(_sampled_ids(count, frozen, generator)))
+
+
+def random_like(reference: Float[Tensor, "N C"], length: int, generator: Generator) -> Float[Tensor, "P C"]:
+    """Normal noise with the root mean square of `reference`."""
+    noise = torch.randn(length, reference.shape[1], generator=generator)
+    return noise.to(reference.device) * reference.float().square().mean().sqrt()
+
+
+def _word_ids(text: str, frozen: FrozenModel) -> Int[Tensor, " N"]:
+    ids = frozen.token_ids(text)
+    if len(ids) == 0:
+        raise ConfigError(
+            expected="words to initialise from",
+            got=f"{text!r}, which has no tokens",
+            do="give some words, 'random' or 'vocabulary'",
+        )
+    return ids
+
+
+def _sampled_ids(count: int, frozen: FrozenModel, generator: Generator) -> Int[Tensor, " N"]:
+    frequent = min(_FREQUENT, frozen.spec.vocab_size)
+    if count > frequent:
+        raise ConfigError(
+            expected=f"at most {frequent} virtual tokens when they are sampled from the vocabulary",
+            got=str(count),
+            do="use fewer virtual tokens, or init='random'",
+        )
+    return torch.randperm(frequent, generator=generator)[:count]
+
+
+def _label_rows(
+    labels: tuple[str, ...], length: int, frozen: FrozenModel, generator: Generator
+) -> Float[Tensor, "P hidden"]:
+    if len(labels) > length:
+        raise ConfigError(
+            expected=f"at most {length} class labels, one per virtual token",
+            got=f"{len(labels)} labels",
+            do="raise num_virtual_tokens or name fewer labels",
+        )
+    rows = [frozen.embed(_word_ids(label, frozen)).mean(dim=0, keepdim=True) for label in labels]
+    if length > len(labels):
+        rows.append(frozen.embed(_sampled_ids(length - len(labels), frozen, generator)))
+    return torch.cat(rows)

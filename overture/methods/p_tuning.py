@@ -1,0 +1,70 @@
+"""P-Tuning: virtual tokens anywhere in a template, produced by a prompt encoder (arXiv:2103.10385)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Generator, nn
+
+from overture.errors import ConfigError
+from overture.methods.base import FrozenModel, Method, check_choice, seeded
+from overture.methods.init import prompt_length, start_embeddings
+from overture.methods.offsets import FreeOffset, LSTMOffset, MLPOffset, Offset
+from overture.methods.prompt_tuning import TokensModule
+from overture.template import Template
+
+__all__ = ["PTuning"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PTuning(Method):
+    """Virtual tokens at any place of a template, made to depend on each other by an LSTM and an MLP."""
+
+    name: ClassVar[str] = "p-tuning"
+    default_learning_rate: ClassVar[float] = 3e-3
+
+    template: str | None = None
+    """Such as `"[V3] {premise} [V3] {hypothesis} [V3]"`; None puts all virtual tokens in front of the text."""
+    encoder: str = "lstm"
+    """`"lstm"` (the original: bidirectional LSTM and MLP), `"mlp"`, or `"none"` (free virtual tokens)."""
+    encoder_hidden: int | None = None
+    """Width of the encoder; None for the model's hidden size."""
+
+    def __post_init__(self) -> None:
+        Method.__post_init__(self)
+        check_choice("encoder", self.encoder, ("lstm", "mlp", "none"))
+        template = self.template_
+        if template and self.num_virtual_tokens not in (None, template.num_virtual_tokens):
+            raise ConfigError(
+                expected=f"num_virtual_tokens to be the {template.num_virtual_tokens} of the template {self.template!r}",
+                got=str(self.num_virtual_tokens),
+                do="leave num_virtual_tokens out; the template counts them",
+            )
+
+    @property
+    def template_(self) -> Template | None:
+        """The parsed template."""
+        return Template.parse(self.template) if self.template else None
+
+    @property
+    def learning_rate(self) -> float:
+        """Step size without an encoder is larger, since nothing multiplies it."""
+        return self.default_learning_rate * (10 if self.encoder == "none" else 1)
+
+    def build(self, frozen: FrozenModel, generator: Generator) -> TokensModule:
+        """A module whose start is the embeddings asked for, with the encoder's output added."""
+        template = self.template_
+        asked = template.num_virtual_tokens if template else self.num_virtual_tokens
+        start = start_embeddings(self.init, prompt_length(self.init, asked, frozen, usual=20), frozen, generator)
+        length, hidden = start.shape
+        width = self.encoder_hidden or hidden
+        offset: Offset
+        with seeded(generator):
+            if self.encoder == "lstm":
+                offset = LSTMOffset(length, hidden, width=width)
+            elif self.encoder == "mlp":
+                offset = MLPOffset(length, hidden, width=hidden, hidden=width, activation=nn.ReLU)
+            else:
+                offset = FreeOffset(length, hidden)
+        return TokensModule(start, frozen.spec.embedding_scale, offset)

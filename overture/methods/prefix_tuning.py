@@ -1,0 +1,124 @@
+"""Prefix Tuning: keys and values of P virtual tokens for every attention layer (arXiv:2101.00190).
+
+Shape suffixes: P virtual tokens, C channels (all layers, keys and values, heads and sizes side by side).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Generator, Tensor, nn
+
+from overture.errors import ConfigError
+from overture.methods.base import FrozenModel, Method, PromptModule, seeded
+from overture.methods.init import prompt_length, random_like, reference_tokens, start_tokens
+from overture.methods.offsets import FreeOffset, MLPOffset, Offset
+from overture.prompt import KVPrefix
+from overture.spec import AttentionLayer
+
+__all__ = ["PrefixModule", "PrefixTuning"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrefixTuning(Method):
+    """A soft prompt for every transformer block, which attention sees in front of the text."""
+
+    name: ClassVar[str] = "prefix"
+    default_learning_rate: ClassVar[float] = 1e-3
+
+    reparameterization: bool = True
+    """Train through a small fully connected network, which is folded away on save."""
+    reparameterization_hidden: int = 512
+    """Hidden size of that network, 1 or more."""
+    dropout: float = 0.0
+    """Dropout on the keys and values, 0 up to (not including) 1; 0 to 0.1 is usual."""
+
+    def __post_init__(self) -> None:
+        Method.__post_init__(self)
+        if not 0 <= self.dropout < 1 or self.reparameterization_hidden < 1:
+            raise ConfigError(
+                expected="dropout in [0, 1) and reparameterization_hidden of 1 or more",
+                got=f"dropout={self.dropout}, reparameterization_hidden={self.reparameterization_hidden}",
+                do="use the defaults, dropout=0.0 and reparameterization_hidden=512",
+            )
+
+    @property
+    def learning_rate(self) -> float:
+        """Step size without a network is larger, since nothing multiplies it."""
+        return self.default_learning_rate if self.reparameterization else 10 * self.default_learning_rate
+
+    def build(self, frozen: FrozenModel, generator: Generator) -> PrefixModule:
+        """A module whose start is exactly the activations of the words given, or noise at the scale of the model's."""
+        frozen.spec.require_prefix()
+        length = prompt_length(self.init, self.num_virtual_tokens, frozen, usual=16)
+        reference = frozen.activations(reference_tokens(frozen, generator))
+        tokens = start_tokens(self.init, length, frozen, generator)
+        parts = _flatten(reference)
+        start = (
+            [random_like(part, length, generator) for part in parts]
+            if tokens is None
+            else _flatten(frozen.activations(tokens))
+        )
+        scale = torch.cat([part.float().square().mean().sqrt().expand(part.shape[1]) for part in parts])
+        joined = torch.cat(start, dim=1)
+        offset: Offset
+        with seeded(generator):
+            offset = (
+                MLPOffset(
+                    length,
+                    joined.shape[1],
+                    width=frozen.spec.hidden_size,
+                    hidden=self.reparameterization_hidden,
+                    activation=nn.Tanh,
+                )
+                if self.reparameterization
+                else FreeOffset(length, joined.shape[1])
+            )
+        return PrefixModule(frozen.spec.layers, joined, scale, offset, self.dropout)
+
+
+class PrefixModule(PromptModule):
+    """Keys and values as `start + scale * offset`, one row of C channels per virtual token."""
+
+    start: Tensor
+    scale: Tensor
+
+    def __init__(
+        self,
+        layers: Sequence[AttentionLayer],
+        start: Float[Tensor, "P C"],
+        scale: Float[Tensor, " C"],
+        offset: Offset,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.layers = tuple(layers)
+        self.offset = offset
+        self.dropout = dropout
+        self.register_buffer("start", start)
+        self.register_buffer("scale", scale)
+
+    def forward(self, generator: Generator | None = None) -> KVPrefix:
+        """Keys and values of every layer, with dropout if a generator is given."""
+        flat = self.start + self.scale * self.offset()
+        if self.dropout and generator is not None:
+            kept = torch.rand(flat.shape, generator=generator).to(flat.device) >= self.dropout
+            flat = flat * kept / (1 - self.dropout)
+        return _unflatten(flat, self.layers)
+
+
+def _flatten(prefix: KVPrefix) -> list[Float[Tensor, "P _C"]]:
+    """Keys and values of each layer in turn as [P, heads * size]."""
+    pairs = zip(prefix.keys, prefix.values, strict=True)
+    return [part.transpose(0, 1).flatten(1) for pair in pairs for part in pair]
+
+
+def _unflatten(flat: Float[Tensor, "P C"], layers: Sequence[AttentionLayer]) -> KVPrefix:
+    shapes = [(layer.kv_heads, size) for layer in layers for size in (layer.key_dim, layer.value_dim)]
+    parts = flat.split([heads * size for heads, size in shapes], dim=1)
+    shaped = [part.unflatten(1, shape).transpose(0, 1) for part, shape in zip(parts, shapes, strict=True)]
+    return KVPrefix(tuple(shaped[0::2]), tuple(shaped[1::2]))

@@ -1,0 +1,219 @@
+"""Run virtual tokens ahead of the text: leading virtual tokens and block inputs become a `KVPrefix`, with gradient.
+
+One pass runs the P tokens of each prompt once, however many rows use it. On a decoder nothing that follows changes
+what a position computes, so the result is exact.
+
+Shape suffixes: U prompts, P longest prompt, L attention layers, K key/value heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from overture import dispatch
+from overture.errors import ContextLengthError, UnsupportedModelError
+from overture.prompt import BlockInputs, KVPrefix, VirtualTokens
+from overture.runtime.embedding import TokenRows
+from overture.runtime.host import Host
+from overture.spec import ModelSpec, backbone, block_modules
+
+__all__ = ["Frozen", "compile_prefixes"]
+
+
+def compile_prefixes(model: PreTrainedModel, values: Sequence[VirtualTokens | BlockInputs]) -> list[KVPrefix]:
+    """Turn leading virtual tokens, or block inputs, of several prompts into prefixes in one forward pass.
+
+    Args:
+        model: the frozen model.
+        values: all of one kind; lengths may differ.
+
+    Returns:
+        One `KVPrefix` per value, differentiable with respect to it.
+
+    Raises:
+        UnsupportedModelError: the attention cannot be reached, or virtual tokens would see later text (encoders).
+        ContextLengthError: more virtual tokens than the model has positions.
+    """
+    host = Host.of(model)
+    host.spec.require_prefix()
+    tokens = [value for value in values if isinstance(value, VirtualTokens)]
+    blocks = [value for value in values if isinstance(value, BlockInputs)]
+    assert not (tokens and blocks), "one kind of value at a time"
+    if tokens and not host.spec.is_decoder:
+        raise UnsupportedModelError(
+            expected="a decoder, where virtual tokens in front do not depend on the text",
+            got=f"{host.spec.base.architecture}, which attends in both directions",
+            do="keep the virtual tokens in the input: name the batch in prompts(model, rows, batch)",
+        )
+    lengths = [value.length for value in values]
+    recorder = _KeyValueRecorder()
+    with ExitStack() as stack:
+        if blocks:
+            stack.enter_context(_replaced_inputs(model, host.spec, _padded([b.hidden for b in blocks], dim=1)))
+        _run(model, host, tokens, lengths, recorder)
+    return [
+        KVPrefix(
+            tuple(key[row, :, :length] for key in recorder.keys),
+            tuple(value[row, :, :length] for value in recorder.values),
+        )
+        for row, length in enumerate(lengths)
+    ]
+
+
+class Frozen:
+    """A frozen model as methods see it (`overture.methods.FrozenModel`)."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.embedding = model.get_input_embeddings()
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's shape."""
+        return ModelSpec.of(self.model)
+
+    def token_ids(self, text: str) -> Int[Tensor, " N"]:
+        """Token ids of `text` without special tokens."""
+        return torch.tensor(self.tokenizer.encode(text, add_special_tokens=False), dtype=torch.long)
+
+    @torch.no_grad()
+    def embed(self, ids: Int[Tensor, " N"]) -> Float[Tensor, "N hidden"]:
+        """Input embeddings of token ids, in fp32."""
+        embedded: Tensor = self.embedding(ids.to(self.model.device)[None])
+        return embedded[0].float().cpu()
+
+    @torch.no_grad()
+    def activations(self, tokens: VirtualTokens) -> KVPrefix:
+        """Keys and values that every attention layer computes for `tokens` at positions 0..P-1, in fp32."""
+        recorder = _KeyValueRecorder()
+        _run(self.model, Host.of(self.model), [tokens], [tokens.length], recorder)
+        prefix = KVPrefix(tuple(key[0] for key in recorder.keys), tuple(value[0] for value in recorder.values))
+        return prefix.map(lambda t: t.float().cpu())
+
+    @torch.no_grad()
+    def block_inputs(self, tokens: VirtualTokens) -> BlockInputs:
+        """What enters every transformer block when `tokens` stand at positions 0..P-1, in fp32."""
+        host = Host.of(self.model)
+        with _recorded_inputs(self.model, host.spec) as hidden:
+            _run(self.model, host, [tokens], [tokens.length], _KeyValueRecorder())
+        return BlockInputs(torch.stack([h[0] for h in hidden]).float().cpu())
+
+
+class _KeyValueRecorder:
+    """An attention handler that keeps every layer's keys and values."""
+
+    def __init__(self) -> None:
+        self.keys: list[Float[Tensor, "U K P D"]] = []
+        self.values: list[Float[Tensor, "U K P E"]] = []
+
+    def attend(
+        self,
+        inner: dispatch.AttentionFunction,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        self.keys.append(key)
+        self.values.append(value)
+        return inner(module, query, key, value, attention_mask, **kwargs)
+
+
+def _run(
+    model: PreTrainedModel,
+    host: Host,
+    tokens: Sequence[VirtualTokens],
+    lengths: Sequence[int],
+    recorder: _KeyValueRecorder,
+) -> None:
+    """Run the backbone over P positions per prompt, with `tokens` (if any) at its input."""
+    longest, limit = max(lengths), host.spec.max_positions
+    if limit is not None and longest > limit:
+        raise ContextLengthError(
+            expected=f"at most {limit} virtual tokens, the model's context",
+            got=str(longest),
+            do="use fewer virtual tokens",
+        )
+    ids = torch.zeros(len(lengths), longest, dtype=torch.long, device=model.device)
+    positions = torch.arange(longest, device=model.device)
+    slots = torch.where(positions < torch.tensor(lengths, device=model.device)[:, None], positions, -1)
+    with host.using(None), _not_checkpointed(model):
+        # Shorter prompts are filled up behind their end, where a decoder's earlier positions cannot look.
+        host.window = TokenRows(tokens, slots) if tokens else None
+        try:
+            backbone(model)(input_ids=ids, use_cache=False, **{dispatch.KEYWORD: recorder})
+        finally:
+            host.window = None
+
+
+@contextmanager
+def _not_checkpointed(model: nn.Module) -> Iterator[None]:
+    """Gradient checkpointing off: a pass this short has nothing to save, and its keys must carry their graph."""
+    flagged = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+    for module in flagged:
+        module.gradient_checkpointing = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module in flagged:
+            module.gradient_checkpointing = True  # type: ignore[assignment]
+
+
+@contextmanager
+def _replaced_inputs(model: PreTrainedModel, spec: ModelSpec, hidden: Float[Tensor, "L U P hidden"]) -> Iterator[None]:
+    """Every block's input replaced by its own layer of `hidden`."""
+    replacements = hidden.unbind(0)
+
+    def hook(layer: int) -> Any:
+        def replace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            given = args[0] if args else kwargs["hidden_states"]
+            new = replacements[layer].to(given)
+            return ((new, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": new})
+
+        return replace
+
+    with _hooked(model, spec, hook):
+        yield
+
+
+@contextmanager
+def _recorded_inputs(model: PreTrainedModel, spec: ModelSpec) -> Iterator[list[Tensor]]:
+    """Every block's input, in order."""
+    hidden: list[Tensor] = []
+
+    def hook(layer: int) -> Any:
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden.append(args[0] if args else kwargs["hidden_states"])
+
+        return record
+
+    with _hooked(model, spec, hook):
+        yield hidden
+
+
+@contextmanager
+def _hooked(model: PreTrainedModel, spec: ModelSpec, hook: Any) -> Iterator[None]:
+    handles = [
+        block.register_forward_pre_hook(hook(layer), with_kwargs=True)
+        for layer, block in enumerate(block_modules(model, spec.layers))
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _padded(tensors: Sequence[Float[Tensor, "L _P hidden"]], dim: int) -> Float[Tensor, "L U P hidden"]:
+    longest = max(t.shape[1] for t in tensors)
+    return torch.stack([pad(t, (0, 0, 0, longest - t.shape[1])) for t in tensors], dim=dim)

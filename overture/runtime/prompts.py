@@ -1,0 +1,125 @@
+"""`prompts(model, rows)`: one prompt per row, of any kind and length, for the forward passes inside the context."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from transformers import PreTrainedModel
+
+from overture.errors import ConfigError
+from overture.prompt import BlockInputs, KVPrefix, SoftPrompt, VirtualTokens
+from overture.runtime.compile import compile_prefixes
+from overture.runtime.embedding import TokenRows
+from overture.runtime.encode import Encoded
+from overture.runtime.host import Host, Rows, stands_in_text
+from overture.runtime.rows import PrefixRows
+from overture.spec import ModelSpec
+
+__all__ = ["RowPrompt", "prompts"]
+
+RowPrompt = SoftPrompt | VirtualTokens | KVPrefix | BlockInputs | None
+"""What may stand before a row: a saved prompt, a bare value (with gradient, if it has one), or nothing."""
+
+
+@contextmanager
+def prompts(
+    model: PreTrainedModel, rows: RowPrompt | Sequence[RowPrompt], batch: Encoded | None = None
+) -> Iterator[None]:
+    """Put prompts before the rows of every batch that `model` sees inside the context.
+
+    Works with the model's own forward pass and with `generate` in all its forms: beams and `num_return_sequences`
+    repeat a row together with its prompt.
+
+    Args:
+        model: a transformers model; its weights are not touched.
+        rows: one prompt for all rows, or a sequence with one entry per row. `None` is the frozen model.
+        batch: the encoded batch, needed if a prompt's virtual tokens stand inside the text (see `encode`).
+
+    Raises:
+        BaseMismatchError: a prompt was tuned on another base model, or has another shape.
+        UnsupportedModelError: the model cannot take this kind of prompt.
+        ConfigError: a prompt stands inside the text, but the batch has no places for it.
+        ModelInUseError: another thread has prompts set on this model.
+    """
+    host = Host.of(model)
+    listed = list(rows) if isinstance(rows, Sequence) else [rows]
+    for row in listed:
+        _check(host, row)
+    tokens = [_tokens(row) if placed else None for row, placed in zip(listed, _placed(listed, batch), strict=True)]
+    ahead = [row if token is None else None for row, token in zip(listed, tokens, strict=True)]
+    _check_places(host.spec, ahead, tokens, batch)
+    prefixes = PrefixRows.stack(_as_prefixes(model, host, ahead), model.device)
+    inside = TokenRows(tokens, batch.slots) if batch is not None and batch.slots is not None else None
+    with host.using(Rows(len(listed), prefixes, inside)):
+        yield
+
+
+def _placed(rows: Sequence[RowPrompt], batch: Encoded | None) -> list[bool]:
+    """Whether the batch holds places for the row's virtual tokens."""
+    if batch is None or batch.slots is None:
+        return [False] * len(rows)
+    if len(batch.slots) != len(rows):
+        raise ConfigError(
+            expected=f"an encoded batch of {len(rows)} rows, one per prompt",
+            got=f"{len(batch.slots)} rows",
+            do="encode the rows with the same prompts, in the same order",
+        )
+    return [bool(placed) for placed in (batch.slots >= 0).any(dim=1).tolist()]
+
+
+def _tokens(row: RowPrompt) -> VirtualTokens | None:
+    value = row.value if isinstance(row, SoftPrompt) else row
+    return value if isinstance(value, VirtualTokens) else None
+
+
+def _check(host: Host, row: RowPrompt) -> None:
+    if isinstance(row, SoftPrompt):
+        row.check_base(host.spec.base)
+        host.check(row.value)
+    elif isinstance(row, VirtualTokens | KVPrefix):
+        host.check(row)
+
+
+def _as_prefixes(model: PreTrainedModel, host: Host, rows: Sequence[RowPrompt]) -> list[KVPrefix | None]:
+    """Every row as a prefix. Each distinct object is compiled once, and a saved prompt once per model."""
+    distinct = {id(row): row for row in rows}
+    ready: dict[int, KVPrefix] = {}
+    waiting: dict[type, list[tuple[int, VirtualTokens | BlockInputs]]] = {}
+    for key, row in distinct.items():
+        value = row.value if isinstance(row, SoftPrompt) else row
+        if isinstance(row, SoftPrompt) and row in host.compiled:
+            ready[key] = host.compiled[row]
+        elif isinstance(value, KVPrefix):
+            ready[key] = value.map(lambda t: t.to(model.device))
+        elif value is not None:
+            waiting.setdefault(type(value), []).append((key, value))
+    for group in waiting.values():
+        compiled = compile_prefixes(model, [value for _, value in group])
+        ready.update(zip((key for key, _ in group), compiled, strict=True))
+    for key, row in distinct.items():
+        # A saved prompt never changes, so its compiled form is kept; a bare value may be in training.
+        if isinstance(row, SoftPrompt) and key in ready and not torch.is_grad_enabled():
+            host.compiled[row] = ready[key].map(torch.Tensor.detach)
+    return [ready.get(id(row)) for row in rows]
+
+
+def _check_places(
+    spec: ModelSpec, ahead: Sequence[RowPrompt], tokens: Sequence[VirtualTokens | None], batch: Encoded | None
+) -> None:
+    for number, (row, value) in enumerate(zip(ahead, tokens, strict=True)):
+        places = 0 if batch is None or batch.slots is None else int((batch.slots[number] >= 0).sum())
+        stray = row is not None and not isinstance(row, BlockInputs) and stands_in_text(spec, row)
+        wanted = _length(row) if stray else 0 if value is None else value.length
+        if places != wanted:
+            raise ConfigError(
+                expected=f"{wanted} places inside the text for the virtual tokens of row {number}",
+                got=f"{places} in the batch" if batch is not None else "no encoded batch",
+                do="encode the rows with overture.encode(tokenizer, inputs, prompts) and call "
+                "prompts(model, prompts, batch)",
+            )
+
+
+def _length(row: RowPrompt) -> int:
+    return 0 if row is None else row.length

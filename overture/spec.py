@@ -1,0 +1,237 @@
+"""What a frozen model looks like from outside, found by running it once and not by guessing from its config."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from overture import dispatch
+from overture.errors import UnsupportedModelError
+from overture.prompt import BaseModelId
+
+__all__ = ["AttentionLayer", "ModelSpec", "attention_modules", "backbone", "block_modules"]
+
+_SAMPLE = 256
+_SCALE_ROWS = 32_768
+_LEARNED_POSITIONS = ("position_embeddings", "wpe", "embed_positions")
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionLayer:
+    """One call of the attention function, in the order in which a forward pass makes them."""
+
+    name: str
+    """Path of the attention module below the backbone, such as `layers.3.self_attn`."""
+    block: str
+    """Path of the transformer block around it, such as `layers.3`; empty if there is none."""
+    kv_heads: int
+    """Heads of keys and values, before they are repeated for grouped queries."""
+    key_dim: int
+    """Size of a key, per head."""
+    value_dim: int
+    """Size of a value, per head."""
+    causal: bool
+    """True if a position sees no later one."""
+    window: int | None
+    """Length of the sliding window in tokens, or None for full attention."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """A frozen model's shape and identity."""
+
+    base: BaseModelId
+    """Identity: prompts are refused on any other base."""
+    hidden_size: int
+    """Size of an input embedding."""
+    vocab_size: int
+    """Rows of the input embedding."""
+    embedding_scale: float
+    """Root mean square of the input embeddings, the unit in which random virtual tokens are drawn."""
+    max_positions: int | None
+    """Longest input in tokens, virtual tokens included; None if the config names no limit."""
+    learned_positions: bool
+    """True if positions come from a table, which nothing beyond its end can use."""
+    layers: tuple[AttentionLayer, ...]
+    """Attention calls in order."""
+    is_decoder: bool
+    """True if every attention call is causal."""
+    num_parameters: int
+    """Parameters of the base model (tied ones once)."""
+    refusal: str | None
+    """Why a `KVPrefix` cannot enter this model; None if it can."""
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> ModelSpec:
+        """Probe `model` with one forward pass of two tokens; later calls return the same value.
+
+        Raises:
+            UnsupportedModelError: the model has no token embedding to prompt.
+        """
+        spec = _SPECS.get(model)
+        if spec is None:
+            spec = _SPECS[model] = _probe(model)
+        return spec
+
+    def require_prefix(self) -> None:
+        """Raise `UnsupportedModelError` unless a `KVPrefix` can enter the model's attention."""
+        if self.refusal is not None:
+            raise UnsupportedModelError(
+                expected="a model whose attention runs through transformers' attention interface, once per layer",
+                got=f"{self.base.architecture}: {self.refusal}",
+                do="use Prompt Tuning or P-Tuning at the embedding layer on this model, "
+                "or Prefix Tuning on a model such as Llama, Qwen, Gemma, Mistral, GPT-2 or OPT",
+            )
+
+
+_SPECS: WeakKeyDictionary[nn.Module, ModelSpec] = WeakKeyDictionary()
+
+
+def backbone(model: PreTrainedModel) -> PreTrainedModel:
+    """The model without its head."""
+    return cast(PreTrainedModel, model.base_model)
+
+
+class _Recorder:
+    """An attention handler that notes which module called with which shapes."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[nn.Module, tuple[int, int, int], bool, int | None]] = []
+
+    def attend(
+        self,
+        inner: dispatch.AttentionFunction,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        causal = kwargs.get("is_causal")
+        causal = getattr(module, "is_causal", True) if causal is None else causal
+        window = kwargs.get("sliding_window") or getattr(module, "sliding_window", None)
+        self.calls.append((module, (key.shape[1], key.shape[3], value.shape[3]), bool(causal), window))
+        return inner(module, query, key, value, attention_mask, **kwargs)
+
+
+def _probe(model: PreTrainedModel) -> ModelSpec:
+    embedding = model.get_input_embeddings()
+    weight = getattr(embedding, "weight", None)
+    if weight is None:
+        raise UnsupportedModelError(
+            expected="a model with an input embedding table",
+            got=type(model).__name__,
+            do="pass a transformers text model, such as AutoModelForCausalLM.from_pretrained(...)",
+        )
+    config = model.config.get_text_config(decoder=True)
+    recorder = _Recorder()
+    refusal = "encoder-decoder models are not supported yet" if model.config.is_encoder_decoder else None
+    if refusal is None:
+        dispatch.attach(model)
+        refusal = _record(model, recorder, weight.device)
+    layers = tuple(_layers(backbone(model), recorder))
+    if refusal is None and len({layer.name for layer in layers}) != len(layers):
+        refusal = "one attention module serves several layers"
+    return ModelSpec(
+        base=_identify(model),
+        hidden_size=int(weight.shape[1]),
+        vocab_size=int(weight.shape[0]),
+        embedding_scale=_embedding_scale(embedding, weight),
+        max_positions=getattr(config, "max_position_embeddings", None),
+        learned_positions=_has_position_table(backbone(model)),
+        layers=layers,
+        is_decoder=bool(layers) and all(layer.causal for layer in layers),
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        refusal=refusal,
+    )
+
+
+@torch.no_grad()
+def _record(model: PreTrainedModel, recorder: _Recorder, device: torch.device) -> str | None:
+    """Run two tokens through the backbone; return why no attention call was seen, or None."""
+    ids = torch.zeros(1, 2, dtype=torch.long, device=device)
+    training = model.training
+    model.eval()
+    try:
+        backbone(model)(input_ids=ids, **{dispatch.KEYWORD: recorder})
+    except TypeError as error:
+        return f"its forward pass takes no further keywords ({error})"
+    finally:
+        model.train(training)
+    return None if recorder.calls else "its attention does not run through transformers' attention interface"
+
+
+def _layers(base: nn.Module, recorder: _Recorder) -> list[AttentionLayer]:
+    names = {id(module): name for name, module in base.named_modules()}
+    lists = {name for name, module in base.named_modules() if isinstance(module, nn.ModuleList)}
+    return [
+        AttentionLayer(names[id(module)], _block(names[id(module)], lists), *shape, causal, window)
+        for module, shape, causal, window in recorder.calls
+    ]
+
+
+def _block(name: str, lists: set[str]) -> str:
+    """The outermost ancestor of `name` that is an element of a module list."""
+    parts = name.split(".")
+    for end in range(1, len(parts)):
+        if ".".join(parts[:end]) in lists:
+            return ".".join(parts[: end + 1])
+    return ""
+
+
+def _has_position_table(base: nn.Module) -> bool:
+    return any(
+        isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _LEARNED_POSITIONS
+        for name, module in base.named_modules()
+    )
+
+
+@torch.no_grad()
+def _embedding_scale(embedding: nn.Module, weight: Tensor) -> float:
+    # Some models scale inside the embedding module (Gemma 3), so its output is measured and not its table.
+    ids = torch.arange(min(weight.shape[0], _SCALE_ROWS), device=weight.device)
+    return float(embedding(ids).float().square().mean().sqrt())
+
+
+def _identify(model: PreTrainedModel) -> BaseModelId:
+    """Digest the shapes and a sample of the values of every backbone parameter.
+
+    Values are compared in bfloat16, so that a checkpoint loaded in fp32, bf16 or fp16 is one base. A task head is
+    left out: a causal model and a classifier over the same backbone share a base.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(backbone(model).named_parameters()):
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(_sampled(parameter.detach()).tobytes())
+    # A folder's name says which model it is; the folders above it say where somebody keeps it, which is theirs.
+    name = str(getattr(model.config, "_name_or_path", "") or "")
+    name = Path(name).name if Path(name).is_dir() else name
+    return BaseModelId(str(model.config.model_type), digest.hexdigest(), name)
+
+
+def _sampled(parameter: Tensor) -> Any:
+    flat = parameter.reshape(-1)
+    count = min(_SAMPLE, flat.numel())
+    index = torch.arange(count, device=flat.device) * (flat.numel() - 1) // max(count - 1, 1)
+    return flat[index].to(torch.bfloat16).view(torch.int16).cpu().numpy()
+
+
+def block_modules(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> list[nn.Module]:
+    """The transformer block around each attention call."""
+    modules = dict(backbone(model).named_modules())
+    return [modules[layer.block] for layer in layers]
+
+
+def attention_modules(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> list[nn.Module]:
+    """The module that makes each attention call."""
+    modules = dict(backbone(model).named_modules())
+    return [modules[layer.name] for layer in layers]
