@@ -1,0 +1,1 @@
+"""Tuning: data to examples, one loop for one prompt or many, checkpoints, evaluation."""

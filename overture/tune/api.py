@@ -1,0 +1,297 @@
+"""`tune` and `tune_many`: from a frozen model and rows of text to soft prompts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+
+import torch
+from torch import Generator
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from overture.errors import ConfigError, ContextLengthError, DivergedError, PromptFileError
+from overture.methods import Method, Prepared
+from overture.prompt import BaseModelId, BlockInputs, SoftPrompt, Value, VirtualTokens
+from overture.runtime.compile import Frozen, compile_prefixes
+from overture.runtime.encode import filler_id
+from overture.runtime.host import stands_in_text
+from overture.spec import ModelSpec
+from overture.tune.cohort import Cohort, mean_losses
+from overture.tune.config import TuneConfig
+from overture.tune.data import Row, Source, load_rows
+from overture.tune.events import Event, Listener
+from overture.tune.examples import Example, encode_rows
+from overture.tune.forward import frozen
+from overture.tune.results import CohortResult, TuneResult
+from overture.tune.trainee import Trainee
+
+__all__ = ["fold", "tune", "tune_many"]
+
+_FEW_ROWS = 20
+_CHECKPOINT = "checkpoint.safetensors"
+
+
+def tune(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    method: Method,
+    data: Source,
+    *,
+    dev: Source | None = None,
+    config: TuneConfig | None = None,
+    name: str = "prompt",
+    run_dir: str | PathLike[str] | None = None,
+    resume: bool = False,
+    on_event: Listener | None = None,
+) -> TuneResult:
+    """Tune one soft prompt on a frozen model.
+
+    Args:
+        model: a causal language model of transformers; its weights are never changed.
+        tokenizer: its tokenizer.
+        method: `PrefixTuning(...)`, `PromptTuning(...)`, `PTuning(...)` or `DeepPrompt(...)`.
+        data: rows to learn from: a JSONL, CSV or Parquet file, a `datasets.Dataset`, or a list of dicts.
+        dev: rows to choose the best step by; None keeps a share of `data` (see `TuneConfig.dev_fraction`).
+        config: options of the run.
+        name: the prompt's name.
+        run_dir: folder for checkpoints; None for none.
+        resume: go on from the checkpoint in `run_dir`, if there is one.
+        on_event: called with every `Event`.
+
+    Returns:
+        The prompt, its curves, and its losses before and after.
+
+    Raises:
+        DataError: the data cannot be read or used.
+        ConfigError: an option is out of range.
+        UnsupportedModelError: the model cannot take this kind of prompt.
+        ContextLengthError: the virtual tokens leave no room for text.
+        DivergedError: the loss was not finite.
+        CheckpointError: the checkpoint is damaged or of another run.
+    """
+    results = tune_many(
+        model,
+        tokenizer,
+        method,
+        {name: data},
+        dev=None if dev is None else {name: dev},
+        config=config,
+        run_dir=run_dir,
+        resume=resume,
+        on_event=on_event,
+    )
+    for error in results.failures.values():
+        raise error
+    return results[name]
+
+
+def tune_many(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    method: Method | Mapping[str, Method],
+    data: Mapping[str, Source],
+    *,
+    dev: Mapping[str, Source] | None = None,
+    config: TuneConfig | None = None,
+    run_dir: str | PathLike[str] | None = None,
+    resume: bool = False,
+    on_event: Listener | None = None,
+) -> CohortResult:
+    """Tune many soft prompts together: one forward and backward pass serves them all, each on its own rows.
+
+    A prompt comes out as if it had been tuned alone: its loss mean, clipping, dropout noise, optimizer state and early
+    stop are its own. A prompt whose loss diverges fails by itself; the others go on.
+
+    Args:
+        model: a causal language model of transformers; its weights are never changed.
+        tokenizer: its tokenizer.
+        method: one method for all, or one by name.
+        data: rows by prompt name.
+        dev: dev rows by prompt name; names left out keep a share of their own rows.
+        config: options of the run, the same for all.
+        run_dir: folder for checkpoints; None for none.
+        resume: go on from the checkpoint in `run_dir`, if there is one.
+        on_event: called with every `Event`.
+
+    Returns:
+        Results by name; `.failures` holds the errors of prompts that failed.
+
+    Raises:
+        As `tune`, except `DivergedError`.
+    """
+    config = config or TuneConfig()
+    if not data:
+        raise ConfigError(expected="data for at least one prompt", got="none", do="pass {'name': rows}")
+    methods = {name: method[name] if isinstance(method, Mapping) else method for name in data}
+    trainees = [
+        _trainee(model, tokenizer, name, methods[name], source, (dev or {}).get(name), config)
+        for name, source in data.items()
+    ]
+    cohort = Cohort(
+        model,
+        trainees,
+        config,
+        filler=filler_id(tokenizer),
+        listener=on_event or _ignore,
+        checkpoint=_checkpoint_path(run_dir, resume),
+        identity=_identity(ModelSpec.of(model).base, trainees, config),
+    )
+    if resume:
+        cohort.resume()
+    cohort.run()
+    failures = dict(cohort.failures)
+    results = {}
+    for trainee in trainees:
+        if trainee.name not in failures:
+            try:
+                results[trainee.name] = _result(model, trainee, cohort)
+            except PromptFileError as error:
+                failures[trainee.name] = DivergedError(
+                    expected="finite numbers in the tuned prompt", got=error.got, do="lower the learning rate"
+                )
+    return CohortResult(results, failures)
+
+
+@torch.no_grad()
+def fold(model: PreTrainedModel, value: Prepared) -> Value:
+    """A trained prompt as it is stored: networks folded away, block inputs compiled, fp32 on the CPU."""
+    stored = compile_prefixes(model, [value])[0] if isinstance(value, BlockInputs) else value
+    return stored.map(lambda t: t.detach().float().cpu().contiguous())
+
+
+def _trainee(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    method: Method,
+    data: Source,
+    dev: Source | None,
+    config: TuneConfig,
+) -> Trainee:
+    spec = ModelSpec.of(model)
+    rows = load_rows(data)
+    dev_rows: Sequence[Row]
+    if dev is not None:
+        dev_rows = load_rows(dev, kind="dev")
+    else:
+        rows, dev_rows = _split(rows, config)
+    with frozen(model):
+        module = method.build(Frozen(model, tokenizer), Generator().manual_seed(config.seed))
+    module.to(model.device)
+    with torch.no_grad():
+        value = module()
+    inline = isinstance(value, VirtualTokens) and stands_in_text(spec, value)
+    limit = _room(spec, config, value.length)
+
+    def encoded(some: Sequence[Row]) -> list[Example]:
+        # Virtual tokens of a template count among an example's own tokens, leading ones do not.
+        fixed = method.template_ is not None and not method.template_.leading
+        examples = encode_rows(
+            some,
+            tokenizer,
+            template=method.template_,
+            max_tokens=limit + (value.length if fixed else 0),
+            truncate=config.truncate,
+        )
+        return (
+            [e.with_leading(value.length, filler_id(tokenizer)) for e in examples] if inline and not fixed else examples
+        )
+
+    return Trainee(name, method, module, encoded(rows), encoded(dev_rows) if dev_rows else [], config)
+
+
+def _room(spec: ModelSpec, config: TuneConfig, length: int) -> int:
+    """Tokens left for text beside the virtual tokens."""
+    context = min(config.max_length or 2**31, spec.max_positions or 2**31)
+    if context - length < 2:
+        raise ContextLengthError(
+            expected=f"virtual tokens that leave room for text in a context of {context} tokens",
+            got=f"{length} virtual tokens",
+            do="use fewer virtual tokens (10 to 50 are usual) or a larger max_length",
+        )
+    return context - length
+
+
+def _split(rows: list[Row], config: TuneConfig) -> tuple[list[Row], list[Row]]:
+    """Keep a share of the rows, chosen by the seed, for the dev split."""
+    if len(rows) < _FEW_ROWS or config.dev_fraction == 0:
+        return rows, []
+    kept = set(
+        random.Random(f"{config.seed}/dev").sample(range(len(rows)), max(round(len(rows) * config.dev_fraction), 1))
+    )
+    return [r for i, r in enumerate(rows) if i not in kept], [r for i, r in enumerate(rows) if i in kept]
+
+
+def _result(model: PreTrainedModel, trainee: Trainee, cohort: Cohort) -> TuneResult:
+    trainee.restore_best()
+    spec = ModelSpec.of(model)
+    with torch.no_grad(), frozen(model):
+        prepared = trainee.module()
+        measured = trainee.dev or trainee.train
+        loss = mean_losses(model, [(prepared, measured)], trainee.config, cohort.filler)[0]
+        value = fold(model, prepared)
+    metrics = {
+        "frozen_loss": trainee.frozen_loss,
+        "loss": loss,
+        "steps": trainee.step,
+        "best_step": trainee.best_step or trainee.step,
+        "train_rows": len(trainee.train),
+        "dev_rows": len(trainee.dev),
+    }
+    method = trainee.method
+    prompt = SoftPrompt(value, spec.base, method.template_, method.describe(), metrics, trainee.name)
+    prompt.check_finite()
+    return TuneResult(
+        name=trainee.name,
+        prompt=prompt,
+        method=method.name,
+        trained_parameters=sum(p.numel() for p in trainee.module.parameters()),
+        stored_parameters=prompt.num_parameters,
+        base_parameters=spec.num_parameters,
+        frozen_loss=trainee.frozen_loss,
+        loss=loss,
+        train_curve=tuple(trainee.train_curve),
+        dev_curve=tuple(trainee.dev_curve),
+        seconds=cohort.seconds,
+        stop_reason=trainee.finished or "steps",
+    )
+
+
+def _checkpoint_path(run_dir: str | PathLike[str] | None, resume: bool) -> Path | None:
+    if run_dir is None:
+        if resume:
+            raise ConfigError(expected="a run folder to resume from", got="none", do="pass run_dir (--run-dir)")
+        return None
+    folder = Path(run_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            expected="a run folder that can be made", got=f"{folder} ({error.strerror})", do="choose another run_dir"
+        ) from None
+    path = folder / _CHECKPOINT
+    if path.exists() and not resume:
+        raise ConfigError(
+            expected="an empty run folder",
+            got=f"{path}, the checkpoint of an earlier run",
+            do="resume it (resume=True, --resume), or choose another run folder",
+        )
+    return path
+
+
+def _identity(base: BaseModelId, trainees: Sequence[Trainee], config: TuneConfig) -> str:
+    """Digest of all that a run's result depends on."""
+    digest = hashlib.sha256(json.dumps([base.architecture, base.digest, config.as_dict()], sort_keys=True).encode())
+    for trainee in trainees:
+        digest.update(json.dumps([trainee.name, trainee.method.describe()], sort_keys=True).encode())
+        for example in (*trainee.train, *trainee.dev):
+            digest.update(repr((example.ids, example.targets, example.slots)).encode())
+    return digest.hexdigest()
+
+
+def _ignore(event: Event) -> None:
+    """No listener."""

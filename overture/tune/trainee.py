@@ -1,0 +1,183 @@
+"""One prompt in training: its module, its optimizer, its data, and all that it needs to go on after a kill."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import AdamW, Optimizer
+
+from overture.errors import DivergedError
+from overture.methods import Method, Prepared, PromptModule
+from overture.tune.batches import BatchOrder
+from overture.tune.config import TuneConfig
+from overture.tune.examples import Example
+
+__all__ = ["Trainee"]
+
+
+class Trainee:
+    """A prompt in training. Nothing in it depends on who else trains beside it.
+
+    Args:
+        name: the prompt's name.
+        method: its method.
+        module: the trainable module, on the model's device.
+        train: rows to learn from.
+        dev: rows to stop and to choose by; may be empty.
+        config: the run's options.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        method: Method,
+        module: PromptModule,
+        train: Sequence[Example],
+        dev: Sequence[Example],
+        config: TuneConfig,
+    ) -> None:
+        self.name, self.method, self.module, self.train, self.dev, self.config = (
+            name,
+            method,
+            module,
+            train,
+            dev,
+            config,
+        )
+        self.order = BatchOrder(train, config.batch_size, config.seed)
+        self.noise = Generator().manual_seed(config.seed)
+        self.peak_rate = config.learning_rate or method.learning_rate
+        self.optimizer = _optimizer(module.parameters(), self.peak_rate, config)
+        self.step = 0
+        self.best_loss = math.inf
+        self.best_step = 0
+        self.best: dict[str, Tensor] | None = None
+        self.stale = 0
+        self.train_curve: list[tuple[int, float]] = []
+        self.dev_curve: list[tuple[int, float]] = []
+        self.frozen_loss = math.nan
+        self.finished: str | None = None
+
+    def batches(self) -> list[list[Example]]:
+        """The rows of the next step, one list per forward pass."""
+        passes = self.config.gradient_accumulation
+        return [self.order.batch(self.step * passes + i) for i in range(passes)]
+
+    def value(self) -> Prepared:
+        """The prompt with gradient, and with dropout if its method has any."""
+        value: Prepared = self.module(self.noise)
+        return value
+
+    def update(self, loss: float) -> None:
+        """Take one optimizer step on the gradients at hand.
+
+        Args:
+            loss: the step's mean loss per target token.
+
+        Raises:
+            DivergedError: the loss is not finite; the prompt stays as it was.
+        """
+        if not math.isfinite(loss):
+            raise DivergedError(
+                expected="a finite loss",
+                got=f"{loss} at step {self.step + 1} of {self.name!r} (learning rate {self.peak_rate:g})",
+                do="lower the learning rate, and look for broken rows in the data",
+            )
+        if self.config.clip is not None:
+            clip_grad_norm_(self.module.parameters(), self.config.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.peak_rate * _rate(self.step, self.config)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.train_curve.append((self.step, loss))
+        if self.step >= self.config.steps:
+            self.finished = "steps"
+
+    def judge(self, loss: float) -> bool:
+        """Note the dev loss of the prompt as it stands; True if it is the best so far."""
+        self.dev_curve.append((self.step, loss))
+        better = loss < self.best_loss
+        if better:
+            self.best_loss, self.best_step, self.stale = loss, self.step, 0
+            self.best = {name: tensor.detach().clone() for name, tensor in self.module.named_parameters()}
+        else:
+            self.stale += 1
+            if self.config.patience is not None and self.stale >= self.config.patience:
+                self.finished = self.finished or "early stop"
+        return better
+
+    @torch.no_grad()
+    def restore_best(self) -> None:
+        """Put back the parameters with the lowest dev loss, if there was a dev split."""
+        for name, parameter in self.module.named_parameters():
+            if self.best is not None:
+                parameter.copy_(self.best[name])
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything that changes, as tensors and as JSON-ready values."""
+        tensors = {f"parameter/{name}": p.detach() for name, p in self.module.named_parameters()}
+        tensors |= {f"best/{name}": tensor for name, tensor in (self.best or {}).items()}
+        tensors["noise"] = self.noise.get_state()
+        numbers: dict[str, dict[str, float]] = {}
+        for index, slots in self.optimizer.state_dict()["state"].items():
+            for key, value in slots.items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer/{index}/{key}"] = value
+                elif value is not None:
+                    numbers.setdefault(str(index), {})[key] = value
+        plain = {key: getattr(self, key) for key in _PLAIN}
+        return tensors, plain | {"optimizer": numbers}
+
+    @torch.no_grad()
+    def load_state(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+        """Take up a state made by `state`."""
+        for name, parameter in self.module.named_parameters():
+            parameter.copy_(tensors[f"parameter/{name}"])
+        best = {name.removeprefix("best/"): t for name, t in tensors.items() if name.startswith("best/")}
+        self.best = {name: t.to(self.device) for name, t in best.items()} or None
+        self.noise.set_state(tensors["noise"])
+        slots: dict[int, dict[str, Any]] = {int(i): dict(numbers) for i, numbers in plain["optimizer"].items()}
+        for name, tensor in tensors.items():
+            if name.startswith("optimizer/"):
+                _, index, key = name.split("/")
+                slots.setdefault(int(index), {})[key] = tensor
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
+        for key in _PLAIN:
+            setattr(self, key, plain[key])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the module lives."""
+        return next(self.module.parameters()).device
+
+
+_PLAIN = ("step", "best_loss", "best_step", "stale", "train_curve", "dev_curve", "frozen_loss", "finished")
+
+
+def _optimizer(parameters: Iterable[Tensor], rate: float, config: TuneConfig) -> Optimizer:
+    if config.optimizer == "adafactor":
+        # Imported here, because it brings half of transformers with it.
+        from transformers.optimization import Adafactor
+
+        # As Prompt Tuning used it: constant rate in the parameters' own units, no relative steps.
+        return Adafactor(
+            parameters, lr=rate, weight_decay=config.weight_decay, scale_parameter=False, relative_step=False
+        )
+    return AdamW(parameters, lr=rate, weight_decay=config.weight_decay)
+
+
+def _rate(step: int, config: TuneConfig) -> float:
+    """Share of the peak rate at a step, counted from 0."""
+    warmup = round(config.warmup * config.steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if config.schedule == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(config.steps - warmup, 1)))
