@@ -57,7 +57,7 @@ _HOMES = {
     "tune_many": "tune.api",
 }
 
-__all__ = [*_HOMES, "__version__"]  # noqa: PLE0604
+__all__ = [*_HOMES, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

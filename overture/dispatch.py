@@ -8,7 +8,7 @@ context has ended. Without the keyword the model's own attention function runs, 
 from __future__ import annotations
 
 import sys
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -23,14 +23,18 @@ KEYWORD = "overture_attention"
 _PREFIX = "overture_"
 
 
+@runtime_checkable
 class AttentionFunction(Protocol):
     """The signature of transformers' attention functions. `query` is [B, H, T, D], `key` and `value` [B, K, S, D]."""
 
     def __call__(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None]: ...
+    ) -> tuple[Tensor, Tensor | None]:
+        """Output [B, T, H, D], and the attention weights if there are any."""
+        ...
 
 
+@runtime_checkable
 class AttentionHandler(Protocol):
     """What may be passed under `KEYWORD`: it sees every attention call, with the model's own function to call on."""
 
@@ -43,7 +47,9 @@ class AttentionHandler(Protocol):
         value: Tensor,
         attention_mask: Any,
         **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]: ...
+    ) -> tuple[Tensor, Tensor | None]:
+        """Answer one attention call, usually by calling `inner` with more keys and values."""
+        ...
 
 
 def implementation(model: nn.Module) -> str:
@@ -52,7 +58,7 @@ def implementation(model: nn.Module) -> str:
 
 
 def attach(model: PreTrainedModel) -> None:
-    """Route the model's attention through Overture. Idempotent; outputs stay bit-identical until a handler is passed."""
+    """Route the model's attention through Overture. Idempotent; outputs stay the same bits without a handler."""
     for config in _configs(model):
         name = config._attn_implementation
         if name is None or name.startswith(_PREFIX):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -24,6 +24,7 @@ Prepared = VirtualTokens | KVPrefix | BlockInputs
 """What a prompt module may produce; the runtime turns each into something that enters the model."""
 
 
+@runtime_checkable
 class FrozenModel(Protocol):
     """The frozen model as a method sees it when it chooses a start."""
 
@@ -72,7 +73,7 @@ class Method(ABC):
     num_virtual_tokens: int | None = None
     """Length P, 1 or more. None: as many as the words given as `init` have tokens, or the method's usual length."""
     init: Init = "random"
-    """Start: `"random"` at the model's own scale, `"vocabulary"` (sampled from its 5,000 most frequent tokens), or words."""
+    """Start: `"random"` at the model's own scale, `"vocabulary"` (sampled from its 5,000 first tokens), or words."""
 
     def __post_init__(self) -> None:
         if self.num_virtual_tokens is not None and self.num_virtual_tokens < 1:
@@ -102,7 +103,7 @@ class Method(ABC):
         return {"name": self.name} | {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
 
 
-class seeded:  # noqa: N801 - reads as a verb, like torch.no_grad
+class seeded:
     """Context in which torch's default layers initialise from `generator`, leaving the global stream untouched."""
 
     def __init__(self, generator: Generator) -> None:

@@ -37,7 +37,7 @@ class PTuning(Method):
         template = self.template_
         if template and self.num_virtual_tokens not in (None, template.num_virtual_tokens):
             raise ConfigError(
-                expected=f"num_virtual_tokens to be the {template.num_virtual_tokens} of the template {self.template!r}",
+                expected=f"the {template.num_virtual_tokens} virtual tokens of the template {self.template!r}",
                 got=str(self.num_virtual_tokens),
                 do="leave num_virtual_tokens out; the template counts them",
             )

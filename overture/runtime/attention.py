@@ -23,14 +23,13 @@ class PrefixAttention:
 
     It reads nothing but its own fields and the call's arguments, so a recomputation in the backward pass repeats
     exactly what the forward pass did. A prefix is seen by every query, also beyond a sliding window.
+
+    Args:
+        rows: the batch's prefixes.
+        layer_of: index of the attention layer by `id` of its module; other modules are left alone.
     """
 
     def __init__(self, rows: PrefixRows, layer_of: Mapping[int, int]) -> None:
-        """
-        Args:
-            rows: the batch's prefixes.
-            layer_of: index of the attention layer by `id` of its module; other modules are left alone.
-        """
         self.rows = rows
         self.layer_of = layer_of
         self.masks: dict[tuple[int, int, int], tuple[Tensor | None, Tensor | None]] = {}

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from overture import dispatch
 from overture.errors import ContextLengthError, UnsupportedModelError
@@ -68,10 +68,19 @@ def compile_prefixes(model: PreTrainedModel, values: Sequence[VirtualTokens | Bl
     ]
 
 
+@runtime_checkable
+class TextEncoder(Protocol):
+    """The one thing needed of a tokenizer."""
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Token ids of a text."""
+        ...
+
+
 class Frozen:
     """A frozen model as methods see it (`overture.methods.FrozenModel`)."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: TextEncoder) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.embedding = model.get_input_embeddings()
 

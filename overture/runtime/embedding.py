@@ -28,7 +28,7 @@ class TokenRows:
     """-1 for text, else the index of the row's virtual token that stands there."""
 
     def window(self, start: int, length: int, times: int) -> TokenRows:
-        """The part of the rows that a forward pass over `length` positions from `start` sees, each row `times` times."""
+        """The part that a forward pass over `length` positions from `start` sees, each row `times` times."""
         slots = self.slots[:, start : start + length]
         slots = pad(slots, (0, length - slots.shape[1]), value=-1)
         tokens = [row for row in self.tokens for _ in range(times)]

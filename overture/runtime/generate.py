@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Int
@@ -25,7 +25,7 @@ _DEFAULT_NEW_TOKENS = 64
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: SoftPrompt | None | Sequence[SoftPrompt | None],
+    prompts: SoftPrompt | Sequence[SoftPrompt | None] | None,
     inputs: Sequence[Item],
     *,
     streamer: Any = None,
@@ -88,7 +88,9 @@ def generate_ids(
     options.setdefault("max_new_tokens", _DEFAULT_NEW_TOKENS)
     options = {"pad_token_id": filler} | {name: value for name, value in options.items() if value is not None}
     with using_prompts(model, rows, batch):
-        ids: Tensor = model.generate(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **options)
+        ids: Tensor = cast(Any, model).generate(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, **options
+        )
     return ids[:, batch.input_ids.shape[1] :]
 
 

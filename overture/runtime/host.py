@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -57,7 +57,7 @@ def stands_in_text(spec: ModelSpec, prompt: SoftPrompt | Value | None) -> bool:
 class Host:
     """The seams of one model: installed once, idle and bit-exact until prompts are set."""
 
-    _hosts: WeakKeyDictionary[nn.Module, Host] = WeakKeyDictionary()
+    _hosts: ClassVar[WeakKeyDictionary[nn.Module, Host]] = WeakKeyDictionary()
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.spec = ModelSpec.of(model)
@@ -105,6 +105,8 @@ class Host:
 
     def check(self, value: Value) -> None:
         """Raise `BaseMismatchError` unless the value has this model's shape."""
+        got: list[Any]
+        wanted: list[Any]
         if isinstance(value, VirtualTokens):
             got, wanted = [value.embeddings.shape[1]], [self.spec.hidden_size]
             what = "virtual tokens of the model's hidden size"

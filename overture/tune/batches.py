@@ -1,4 +1,4 @@
-"""Which rows stand in which batch: a pure function of the seed and the batch number, so that a run can resume anywhere."""
+"""Which rows stand in which batch: a pure function of seed and batch number, so that a run can resume anywhere."""
 
 from __future__ import annotations
 

@@ -57,6 +57,7 @@ class TuneConfig:
         for name in ("learning_rate", "clip", "eval_every", "patience", "checkpoint_every", "max_length"):
             value = getattr(self, name)
             _require(name, value is None or value > 0, "above 0", value)
+        _require("learning_rate", (self.learning_rate or 1) <= 1e30, "at most 1e30", self.learning_rate)
         _require("warmup", 0 <= self.warmup <= 1, "between 0 and 1", self.warmup)
         _require("weight_decay", self.weight_decay >= 0, "0 or more", self.weight_decay)
         _require("dev_fraction", 0 <= self.dev_fraction <= 0.5, "between 0 and 0.5", self.dev_fraction)

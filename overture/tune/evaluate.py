@@ -37,7 +37,7 @@ class EvalResult:
 
     @property
     def perplexity(self) -> float:
-        """e to the loss."""
+        """The exponential of the loss."""
         return math.exp(min(self.loss, 700.0))
 
 

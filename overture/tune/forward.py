@@ -97,7 +97,7 @@ def checkpointed_blocks(model: PreTrainedModel, active: bool) -> Iterator[None]:
     blocks = dict.fromkeys(block_modules(model, ModelSpec.of(model).layers)) if active else {}
     patched = {block: block.__dict__.get("forward") for block in blocks}
     for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     try:
         yield
     finally:
@@ -105,4 +105,4 @@ def checkpointed_blocks(model: PreTrainedModel, active: bool) -> Iterator[None]:
             if before is None:
                 del block.forward
             else:
-                block.forward = before  # type: ignore[method-assign]
+                block.forward = before

@@ -151,6 +151,8 @@ class Trainee:
         self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
         for key in _PLAIN:
             setattr(self, key, plain[key])
+        self.train_curve = [(step, loss) for step, loss in plain["train_curve"]]
+        self.dev_curve = [(step, loss) for step, loss in plain["dev_curve"]]
 
     @property
     def device(self) -> torch.device:
