@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from overture.runtime.prompts import prompts as prompts
     from overture.spec import ModelSpec as ModelSpec
     from overture.template import Template as Template
-    from overture.tune.api import tune as tune
-    from overture.tune.api import tune_many as tune_many
-    from overture.tune.config import TuneConfig as TuneConfig
-    from overture.tune.evaluate import evaluate as evaluate
-    from overture.tune.results import TuneResult as TuneResult
+    from overture.tuning.api import tune as tune
+    from overture.tuning.api import tune_many as tune_many
+    from overture.tuning.config import TuneConfig as TuneConfig
+    from overture.tuning.evaluate import evaluate as evaluate
+    from overture.tuning.results import TuneResult as TuneResult
 
 __version__ = "0.1.0"
 
@@ -43,18 +43,18 @@ _HOMES = {
     "PromptTuning": "methods",
     "SoftPrompt": "prompt",
     "Template": "template",
-    "TuneConfig": "tune.config",
-    "TuneResult": "tune.results",
+    "TuneConfig": "tuning.config",
+    "TuneResult": "tuning.results",
     "VirtualTokens": "prompt",
     "compile_prefixes": "runtime.compile",
     "detach": "dispatch",
     "encode": "runtime.encode",
-    "evaluate": "tune.evaluate",
+    "evaluate": "tuning.evaluate",
     "generate": "runtime.generate",
     "load_base": "models",
     "prompts": "runtime.prompts",
-    "tune": "tune.api",
-    "tune_many": "tune.api",
+    "tune": "tuning.api",
+    "tune_many": "tuning.api",
 }
 
 __all__ = [*_HOMES, "__version__"]

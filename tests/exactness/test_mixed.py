@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from overture.prompt import BlockInputs, KVPrefix, VirtualTokens
 from overture.runtime.compile import compile_prefixes
 from overture.runtime.prompts import prompts
-from overture.tune.forward import checkpointed_blocks
+from overture.tuning.forward import checkpointed_blocks
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-9}
 INSIDE = [0, 2, 2, 4]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from overture.errors import DataError
 from overture.runtime.encode import check_messages, encode_prompt, leading_specials, render, text_ids, with_places
 from overture.template import Template, Virtual
-from overture.tune.data import BadRow, Row, raise_bad_rows
+from overture.tuning.data import BadRow, Row, raise_bad_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -13,9 +13,9 @@ from torch.optim import AdamW, Optimizer
 
 from overture.errors import DivergedError
 from overture.methods import Method, Prepared, PromptModule
-from overture.tune.batches import BatchOrder
-from overture.tune.config import TuneConfig
-from overture.tune.examples import Example
+from overture.tuning.batches import BatchOrder
+from overture.tuning.config import TuneConfig
+from overture.tuning.examples import Example
 
 __all__ = ["Trainee"]
 

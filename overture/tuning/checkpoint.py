@@ -14,7 +14,7 @@ from torch import Tensor
 
 from overture.errors import CheckpointError, DivergedError, OvertureError
 from overture.files import write_atomically
-from overture.tune.trainee import Trainee
+from overture.tuning.trainee import Trainee
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
 

@@ -13,11 +13,11 @@ from overture.runtime.encode import batch_rows, filler_id
 from overture.runtime.generate import generate_ids
 from overture.runtime.host import stands_in_text
 from overture.spec import ModelSpec
-from overture.tune.cohort import mean_losses
-from overture.tune.config import TuneConfig
-from overture.tune.data import Row, Source, load_rows
-from overture.tune.examples import Example, encode_rows
-from overture.tune.forward import frozen
+from overture.tuning.cohort import mean_losses
+from overture.tuning.config import TuneConfig
+from overture.tuning.data import Row, Source, load_rows
+from overture.tuning.examples import Example, encode_rows
+from overture.tuning.forward import frozen
 
 __all__ = ["EvalResult", "evaluate"]
 

@@ -20,14 +20,14 @@ from overture.runtime.compile import Frozen, compile_prefixes
 from overture.runtime.encode import filler_id
 from overture.runtime.host import stands_in_text
 from overture.spec import ModelSpec
-from overture.tune.cohort import Cohort, mean_losses
-from overture.tune.config import TuneConfig
-from overture.tune.data import Row, Source, load_rows
-from overture.tune.events import Event, Listener
-from overture.tune.examples import Example, encode_rows
-from overture.tune.forward import frozen
-from overture.tune.results import CohortResult, TuneResult
-from overture.tune.trainee import Trainee
+from overture.tuning.cohort import Cohort, mean_losses
+from overture.tuning.config import TuneConfig
+from overture.tuning.data import Row, Source, load_rows
+from overture.tuning.events import Event, Listener
+from overture.tuning.examples import Example, encode_rows
+from overture.tuning.forward import frozen
+from overture.tuning.results import CohortResult, TuneResult
+from overture.tuning.trainee import Trainee
 
 __all__ = ["fold", "tune", "tune_many"]
 

@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerFast
 from overture.errors import DataError, UnsupportedModelError
 from overture.runtime.encode import encode_prompt
 from overture.template import Template
-from overture.tune.data import load_rows
-from overture.tune.examples import Example, encode_rows
+from overture.tuning.data import load_rows
+from overture.tuning.examples import Example, encode_rows
 
 SENTENCES = ["the cat sat on the mat", "user asks and the assistant answers", "Hello world, how are you?"]
 CHAT = (

@@ -14,12 +14,12 @@ from transformers import PreTrainedModel
 
 from overture.errors import DivergedError, OvertureError
 from overture.runtime.prompts import RowPrompt
-from overture.tune.checkpoint import load_checkpoint, save_checkpoint
-from overture.tune.config import TuneConfig
-from overture.tune.events import CheckpointSaved, Evaluated, Failed, Finished, Listener, StepDone
-from overture.tune.examples import Example
-from overture.tune.forward import checkpointed_blocks, frozen, row_losses
-from overture.tune.trainee import Trainee
+from overture.tuning.checkpoint import load_checkpoint, save_checkpoint
+from overture.tuning.config import TuneConfig
+from overture.tuning.events import CheckpointSaved, Evaluated, Failed, Finished, Listener, StepDone
+from overture.tuning.examples import Example
+from overture.tuning.forward import checkpointed_blocks, frozen, row_losses
+from overture.tuning.trainee import Trainee
 
 __all__ = ["Cohort", "mean_losses"]
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from overture.errors import DataError
-from overture.tune.data import load_rows
+from overture.tuning.data import load_rows
 
 ROWS = [{"prompt": "Hi", "completion": "Ahoy"}, {"prompt": 'A "b",\nc', "completion": "é\u2028ß"}]
 

@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 
 from overture.errors import CheckpointError, ConfigError, ContextLengthError, DataError, DivergedError
 from overture.methods import DeepPrompt, PrefixTuning, PromptTuning, PTuning
-from overture.tune.api import tune, tune_many
-from overture.tune.batches import BatchOrder
-from overture.tune.config import TuneConfig
-from overture.tune.data import load_rows
-from overture.tune.evaluate import evaluate
-from overture.tune.events import CheckpointSaved, Evaluated, Failed, StepDone
-from overture.tune.examples import Example, encode_rows
-from overture.tune.forward import row_losses
+from overture.tuning.api import tune, tune_many
+from overture.tuning.batches import BatchOrder
+from overture.tuning.config import TuneConfig
+from overture.tuning.data import load_rows
+from overture.tuning.evaluate import evaluate
+from overture.tuning.events import CheckpointSaved, Evaluated, Failed, StepDone
+from overture.tuning.examples import Example, encode_rows
+from overture.tuning.forward import row_losses
 
 FAST = TuneConfig(steps=12, batch_size=4, eval_every=4)
 METHODS = {
@@ -159,9 +159,9 @@ def test_killed_at_any_moment_and_resumed_gives_the_same_bytes(tokenizer, tmp_pa
         torch.set_num_threads(1)
         from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
         from overture.methods import PTuning
-        from overture.tune.api import tune
-        from overture.tune.config import TuneConfig
-        from overture.tune.events import StepDone
+        from overture.tuning.api import tune
+        from overture.tuning.config import TuneConfig
+        from overture.tuning.events import StepDone
 
         torch.manual_seed(0)
         model = LlamaForCausalLM(LlamaConfig(vocab_size=300, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
