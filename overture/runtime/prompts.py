@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -84,25 +84,26 @@ def _check(host: Host, row: RowPrompt) -> None:
 
 def _as_prefixes(model: PreTrainedModel, host: Host, rows: Sequence[RowPrompt]) -> list[KVPrefix | None]:
     """Every row as a prefix. Each distinct object is compiled once, and a saved prompt once per model."""
-    distinct = {id(row): row for row in rows}
-    ready: dict[int, KVPrefix] = {}
-    waiting: dict[type, list[tuple[int, VirtualTokens | BlockInputs]]] = {}
-    for key, row in distinct.items():
-        value = row.value if isinstance(row, SoftPrompt) else row
-        if isinstance(row, SoftPrompt) and row in host.compiled:
-            ready[key] = host.compiled[row]
-        elif isinstance(value, KVPrefix):
-            ready[key] = value.map(lambda t: t.to(model.device))
-        elif value is not None:
-            waiting.setdefault(type(value), []).append((key, value))
-    for group in waiting.values():
-        compiled = compile_prefixes(model, [value for _, value in group])
-        ready.update(zip((key for key, _ in group), compiled, strict=True))
-    for key, row in distinct.items():
-        # A saved prompt never changes, so its compiled form is kept; a bare value may be in training.
-        if isinstance(row, SoftPrompt) and key in ready and not torch.is_grad_enabled():
-            host.compiled[row] = ready[key].map(torch.Tensor.detach)
+    saved = {id(row): row for row in rows if isinstance(row, SoftPrompt)}
+    new = {key: row.value for key, row in saved.items() if row not in host.compiled}
+    with torch.no_grad():
+        for key, prefix in _compiled(model, new).items():
+            host.compiled[saved[key]] = prefix.map(torch.Tensor.detach)
+    bare = {id(row): row for row in rows if row is not None and not isinstance(row, SoftPrompt)}
+    ready = _compiled(model, bare) | {key: host.compiled[row] for key, row in saved.items()}
     return [ready.get(id(row)) for row in rows]
+
+
+def _compiled(
+    model: PreTrainedModel, values: Mapping[int, VirtualTokens | KVPrefix | BlockInputs]
+) -> dict[int, KVPrefix]:
+    """Prefixes of values by the same keys, on the model's device; one forward pass for all values of a kind."""
+    ready = {key: v.map(lambda t: t.to(model.device)) for key, v in values.items() if isinstance(v, KVPrefix)}
+    for kind in (VirtualTokens, BlockInputs):
+        group = {key: value for key, value in values.items() if isinstance(value, kind)}
+        if group:
+            ready |= dict(zip(group, compile_prefixes(model, list(group.values())), strict=True))
+    return ready
 
 
 def _check_places(

@@ -126,3 +126,19 @@ def test_prompts_of_different_lengths_compile_together(model):
         alone = compile_prefixes(model, [token])[0]
         for got, wanted in zip(together.keys + together.values, alone.keys + alone.values, strict=True):
             torch.testing.assert_close(got, wanted, **TOLERANCE)
+
+
+def test_a_saved_prompt_is_compiled_once_and_without_gradient(make_model, texts):
+    """Oracle: the bare value, compiled anew at every use."""
+    model = make_model("llama").requires_grad_(True)
+    value = VirtualTokens(torch.randn(4, 32))
+    prompt = SoftPrompt(value, ModelSpec.of(model).base)
+    ids = texts[0][None]
+    passes = []
+    model.model.register_forward_hook(lambda *_: passes.append(1))
+    for _ in range(3):
+        with prompts(model, [prompt]):
+            got = model(input_ids=ids).logits
+    assert len(passes) == 3 + 1
+    with prompts(model, [value]):
+        torch.testing.assert_close(got, model(input_ids=ids).logits, **TOLERANCE)

@@ -1,0 +1,66 @@
+"""The README does what it says: its Python runs, its commands exist, its links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def _blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+def test_links_lead_to_files() -> None:
+    links = re.findall(r"\]\((?!https?://)([^)#]+)", README)
+    assert len(links) > 10
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_the_python_runs_in_a_clone(tmp_path: Path) -> None:
+    """Both examples, one after the other, in a folder that holds what a clone holds; only the number of steps is cut."""
+    first, second = _blocks("python")
+    script = (
+        "import dataclasses, overture.tuning.config as c\n"
+        "c.TuneConfig.__init__.__kwdefaults__['steps'] = 6\n"
+        f"{first}\nbard.save('bard.safetensors')\n{second}\nprint(ids.shape)\n"
+    )
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, check=False, capture_output=True, text=True, timeout=250
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.strip().splitlines()) >= 4
+
+
+def test_the_commands_run_in_a_clone(tmp_path: Path) -> None:
+    """Every `overture` line of the README, in order; only the number of steps is cut."""
+    lines = [line for block in _blocks("bash") for line in block.splitlines() if line.startswith("overture ")]
+    assert len(lines) >= 6
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    for line in lines:
+        words = shlex.split(line)[1:] + (["--steps", "4"] if "tune" in line.split()[1] else [])
+        done = subprocess.run(
+            [sys.executable, "-m", "overture.cli", *words],
+            cwd=tmp_path,
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=250,
+            input="Hello\n/quit\n",
+        )
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+    assert (tmp_path / "attention.png").stat().st_size > 1000
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    named = {line.split()[1] for block in _blocks("bash") for line in block.splitlines() if line.startswith("make ")}
+    assert named == {"demo", "test"}
+    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in named)
