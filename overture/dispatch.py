@@ -17,7 +17,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from overture.errors import UnsupportedModelError
 
-__all__ = ["KEYWORD", "AttentionFunction", "AttentionHandler", "attach", "detach", "implementation"]
+__all__ = [
+    "KEYWORD",
+    "AttentionFunction",
+    "AttentionHandler",
+    "attach",
+    "detach",
+    "implementation",
+    "require_masks",
+]
 
 KEYWORD = "overture_attention"
 _PREFIX = "overture_"
@@ -55,6 +63,17 @@ class AttentionHandler(Protocol):
 def implementation(model: nn.Module) -> str:
     """The attention implementation the model itself asked for, such as `sdpa` or `eager`."""
     return str(getattr(model.config, "_attn_implementation", "") or "").removeprefix(_PREFIX)
+
+
+def require_masks(model: nn.Module) -> None:
+    """Raise `UnsupportedModelError` unless the model's attention implementation takes an explicit mask."""
+    name = implementation(model)
+    if name not in ("sdpa", "eager"):
+        raise UnsupportedModelError(
+            expected="attention that takes an explicit mask: sdpa or eager",
+            got=f"attn_implementation={name!r}",
+            do="call model.set_attn_implementation('sdpa') before using a prefix",
+        )
 
 
 def attach(model: PreTrainedModel) -> None:

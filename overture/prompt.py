@@ -147,7 +147,7 @@ class SoftPrompt:
             if not torch.isfinite(tensor).all():
                 raise PromptFileError(
                     expected="finite numbers in every tensor",
-                    got=f"NaN or infinity in {name!r} of the prompt {self.name!r}",
+                    got=f"NaN or infinity in {name!r} of the prompt {self.name[:80]!r}",
                     do="tune the prompt again with a lower learning rate, or restore an older version",
                 )
 

@@ -69,7 +69,7 @@ class Template:
         if any(isinstance(s, Virtual) and s.count == 0 for s in segments) or template.num_virtual_tokens == 0:
             raise ConfigError(
                 expected="a template with at least one virtual token, such as '[V8] {text}'",
-                got=repr(source),
+                got=repr(source if len(source) <= 80 else f"{source[:79]}…"),
                 do="write [V] for one virtual token or [V8] for eight where they shall stand",
             )
         return template

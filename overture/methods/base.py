@@ -67,8 +67,6 @@ class Method(ABC):
     """Configuration of one way of training a soft prompt."""
 
     name: ClassVar[str]
-    default_learning_rate: ClassVar[float]
-    """Step size that works on small backbones, in units of the model's own embedding or key scale."""
 
     num_virtual_tokens: int | None = None
     """Length P, 1 or more. None: as many as the words given as `init` have tokens, or the method's usual length."""
@@ -89,9 +87,9 @@ class Method(ABC):
         return None
 
     @property
+    @abstractmethod
     def learning_rate(self) -> float:
-        """Step size used when a run names none."""
-        return self.default_learning_rate
+        """Peak step size when a run names none, in units of the model's own embedding or key scale."""
 
     @abstractmethod
     def build(self, frozen: FrozenModel, generator: Generator) -> PromptModule:

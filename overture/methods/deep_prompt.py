@@ -26,7 +26,6 @@ class DeepPrompt(Method):
     """A soft prompt per block, at the block's input."""
 
     name: ClassVar[str] = "deep"
-    default_learning_rate: ClassVar[float] = 1e-2
 
     reparameterization: bool = False
     """Train through fully connected layers, which are folded away on save."""
@@ -44,8 +43,8 @@ class DeepPrompt(Method):
 
     @property
     def learning_rate(self) -> float:
-        """Step size through the network is smaller, since the network multiplies it."""
-        return self.default_learning_rate / (10 if self.reparameterization else 1)
+        """Peak step size when a run names none; smaller through the network, which multiplies it."""
+        return 1e-2 if self.reparameterization else 2e-1
 
     def build(self, frozen: FrozenModel, generator: Generator) -> DeepModule:
         """A module whose start is exactly what enters each block for the words given, or noise at that scale."""

@@ -15,6 +15,11 @@ from torch import Tensor, nn
 __all__ = ["FreeOffset", "LSTMOffset", "MLPOffset", "Offset"]
 
 
+# An LSTM's outputs start around 0.06. With this gain a step of its network moves a virtual token about as far as a step
+# of free offsets does (docs/log.md).
+_LSTM_GAIN = 16.0
+
+
 class FreeOffset(nn.Module):
     """The offsets themselves are the parameters."""
 
@@ -60,7 +65,7 @@ class LSTMOffset(nn.Module):
     def forward(self) -> Float[Tensor, "P C"]:
         """The offsets, [P, C]."""
         out: Tensor = self.network(self.lstm(self.embedding[None])[0][0])
-        return out
+        return _LSTM_GAIN * out
 
 
 Offset = FreeOffset | MLPOffset | LSTMOffset

@@ -28,7 +28,6 @@ class PrefixTuning(Method):
     """A soft prompt for every transformer block, which attention sees in front of the text."""
 
     name: ClassVar[str] = "prefix"
-    default_learning_rate: ClassVar[float] = 1e-3
 
     reparameterization: bool = True
     """Train through a small fully connected network, which is folded away on save."""
@@ -48,8 +47,8 @@ class PrefixTuning(Method):
 
     @property
     def learning_rate(self) -> float:
-        """Step size without a network is larger, since nothing multiplies it."""
-        return self.default_learning_rate if self.reparameterization else 10 * self.default_learning_rate
+        """Peak step size when a run names none; smaller through the network, which multiplies it."""
+        return 1e-2 if self.reparameterization else 2e-1
 
     def build(self, frozen: FrozenModel, generator: Generator) -> PrefixModule:
         """A module whose start is exactly the activations of the words given, or noise at the scale of the model's."""

@@ -21,7 +21,11 @@ class PromptTuning(Method):
     """P virtual tokens in front of the text, at the input layer only."""
 
     name: ClassVar[str] = "prompt"
-    default_learning_rate: ClassVar[float] = 3e-2
+
+    @property
+    def learning_rate(self) -> float:
+        """Peak step size when a run names none."""
+        return 3e-1
 
     def build(self, frozen: FrozenModel, generator: Generator) -> TokensModule:
         """A module whose start is the embeddings asked for."""

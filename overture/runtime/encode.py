@@ -8,36 +8,25 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from itertools import count, groupby, islice
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from overture.errors import ConfigError, DataError, UnsupportedModelError
+from overture.errors import ConfigError, DataError
 from overture.prompt import SoftPrompt, Value
+from overture.runtime.chat import Message, check_messages, render, short
 from overture.runtime.host import stands_in_text
+from overture.runtime.tokens import filler_id, leading_specials, prompt_ids, text_ids
 from overture.spec import ModelSpec
 from overture.template import Template, Text, Virtual
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = [
-    "Encoded",
-    "Item",
-    "batch_rows",
-    "check_messages",
-    "encode",
-    "encode_prompt",
-    "filler_id",
-    "leading_specials",
-    "render",
-    "text_ids",
-    "with_places",
-]
-
-Message = Mapping[str, Any]
+__all__ = ["Encoded", "Item", "batch_rows", "encode", "encode_prompt", "has_text", "with_places"]
 
 Item = str | Sequence[Message] | Mapping[str, Any]
 """One input: a text, a list of messages, or a row of data."""
@@ -94,25 +83,24 @@ def encode(
     if isinstance(items, str | Mapping) or not items:
         got = "none" if not items else f"a single {type(items).__name__}"
         raise DataError(expected="a list of at least one input", got=got, do="put the inputs into a list")
-    if prompts is not None and len(prompts) != len(items):
+    prompts = [None] * len(items) if prompts is None else prompts
+    if len(prompts) != len(items):
         raise ConfigError(
             expected=f"one prompt per input, {len(items)} in all",
             got=f"{len(prompts)} prompts",
             do="pass a list with a prompt or None for every input",
         )
     rows: list[tuple[list[int], list[int] | None]] = []
-    for number, item in enumerate(items):
-        template = getattr(prompts[number], "template", None) if prompts is not None else None
+    for number, (item, prompt) in enumerate(zip(items, prompts, strict=True), 1):
         try:
-            ids, places = encode_prompt(tokenizer, item, template)
+            ids, slots = encode_prompt(tokenizer, item, prompt.template if isinstance(prompt, SoftPrompt) else None)
         except DataError as error:
             if len(items) == 1:
                 raise
-            raise DataError(expected=error.expected, got=f"{error.got} (input {number + 1})", do=error.do) from None
-        prompt = prompts[number] if prompts is not None else None
-        if spec is not None and prompt is not None and places is None and stands_in_text(spec, prompt):
-            ids, places = with_places(ids, prompt.length, filler_id(tokenizer))
-        rows.append((ids, places))
+            raise DataError(expected=error.expected, got=f"{error.got} (input {number})", do=error.do) from None
+        if slots is None and spec is not None and prompt is not None and stands_in_text(spec, prompt):
+            ids, slots = with_places(ids, prompt.length, filler_id(tokenizer))
+        rows.append((ids, slots))
     return batch_rows(rows, filler_id(tokenizer), padding_side)
 
 
@@ -157,24 +145,25 @@ def encode_prompt(
         DataError: the item cannot be used, or nothing is left to read.
         UnsupportedModelError: messages, and a tokenizer without a chat template.
     """
-    if template is None or all(isinstance(segment, Virtual) for segment in template.segments):
-        ids, slots = _plain(tokenizer, item), None
-    else:
+    if has_text(template):
         ids, slots = _fill(tokenizer, _columns(item, template), template)
+    else:
+        ids, slots = _plain(tokenizer, item), None
     if not ids:
         raise DataError(expected="a prompt with at least one token", got="an empty text", do="write a prompt")
     return ids, slots
 
 
+def has_text(template: Template | None) -> TypeGuard[Template]:
+    """Whether a template says what the model reads; one of virtual tokens alone means them in front, as None does."""
+    return template is not None and not all(isinstance(segment, Virtual) for segment in template.segments)
+
+
 def _plain(tokenizer: PreTrainedTokenizerBase, item: Item) -> list[int]:
-    if isinstance(item, str):
-        return _with_leading_specials(tokenizer, item)
-    if isinstance(item, Mapping):
-        value = _prompt_of(item)
-        if isinstance(value, str):
-            return _with_leading_specials(tokenizer, value)
-        return text_ids(tokenizer, render(tokenizer, value, answer=True, tools=item.get("tools")))
-    return text_ids(tokenizer, render(tokenizer, item, answer=True))
+    value, tools = (_prompt_of(item), item.get("tools")) if isinstance(item, Mapping) else (item, None)
+    if isinstance(value, str):
+        return prompt_ids(tokenizer, value)
+    return text_ids(tokenizer, render(tokenizer, value, answer=True, tools=tools))
 
 
 def _prompt_of(row: Mapping[str, Any]) -> str | Sequence[Message]:
@@ -186,89 +175,20 @@ def _prompt_of(row: Mapping[str, Any]) -> str | Sequence[Message]:
             got=f"columns {', '.join(sorted(map(str, row))) or '(none)'}",
             do="name the input's text 'prompt', or use a prompt with a template",
         )
-    value = row[named[0]]
-    if named == ["messages"]:
-        messages = check_messages(value, "messages")
-        # In a row of data the last answer is what the model shall write.
-        return messages[:-1] if len(messages) > 1 and messages[-1]["role"] == "assistant" else messages
-    if named == ["prompt"] and not isinstance(value, str):
-        return check_messages(value, "prompt")
-    if not isinstance(value, str):
-        raise DataError(expected=f"a string in {named[0]!r}", got=_short(value), do="write the text as a string")
-    return f"{value}\n" if named == ["text"] and "label" in row else value
-
-
-def check_messages(value: object, column: str) -> list[dict[str, Any]]:
-    """Check that a value is a chat: a list of at least one object with a role and a content.
-
-    Args:
-        value: what stands in the column.
-        column: the column's name, for the error.
-
-    Returns:
-        The messages.
-
-    Raises:
-        DataError: it is something else.
-    """
-    good = isinstance(value, Sequence) and not isinstance(value, str | bytes) and len(value) > 0
-    if good and isinstance(value, Sequence) and all(_is_message(message) for message in value):
-        return [dict(message) for message in value]
-    raise DataError(
-        expected=f'messages in {column!r}, such as [{{"role": "user", "content": "Hello"}}]',
-        got=_short(value),
-        do="give each message a role and a content",
-    )
-
-
-def _is_message(value: object) -> bool:
-    if not isinstance(value, Mapping) or not isinstance(value.get("role"), str):
-        return False
-    content = value.get("content")
-    return isinstance(content, str | list) or (content is None and bool(value.get("tool_calls")))
-
-
-def render(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, answer: bool, tools: Sequence[Any] | None = None
-) -> str:
-    """Write a chat as the text that the model reads.
-
-    Args:
-        tokenizer: a tokenizer with a chat template.
-        messages: the chat.
-        answer: whether to open the assistant's next turn.
-        tools: descriptions of tools the assistant may call, as the chat template takes them.
-
-    Returns:
-        The text, its special tokens included.
-
-    Raises:
-        DataError: the messages are none, or the chat template refuses them.
-        UnsupportedModelError: the tokenizer has no chat template.
-    """
-    chat = check_messages(messages, "messages")
-    if not tokenizer.chat_template:
-        raise UnsupportedModelError(
-            expected="a tokenizer with a chat template, since the data holds messages",
-            got=f"{tokenizer.name_or_path or type(tokenizer).__name__} without one",
-            do="use a chat model, set tokenizer.chat_template, or write prompt and completion as plain text",
-        )
-    try:
-        return str(
-            tokenizer.apply_chat_template(
-                chat, tools=list(tools) if tools else None, add_generation_prompt=answer, tokenize=False
-            )
-        )
-    except Exception as error:  # a chat template is a program of its own and may raise anything
-        raise DataError(
-            expected="messages that the tokenizer's chat template accepts",
-            got=f"its refusal: {error}",
-            do="change the roles or their order",
-        ) from error
+    name, value = named[0], row[named[0]]
+    if name == "text":
+        if not isinstance(value, str):
+            raise DataError(expected="a string in 'text'", got=short(value), do="write the text as a string")
+        return f"{value}\n" if "label" in row else value
+    if name == "prompt" and isinstance(value, str):
+        return value
+    messages = check_messages(value, name)
+    # In a row of data the last answer is what the model shall write.
+    answered = name == "messages" and len(messages) > 1 and messages[-1]["role"] == "assistant"
+    return messages[:-1] if answered else messages
 
 
 def _columns(item: Item, template: Template) -> Mapping[str, Any]:
-    columns = ", ".join(template.columns) or "(none)"
     if isinstance(item, str) and len(template.columns) == 1:
         return {template.columns[0]: item}
     if isinstance(item, Mapping):
@@ -276,10 +196,11 @@ def _columns(item: Item, template: Template) -> Mapping[str, Any]:
             if name in item and not isinstance(item[name], str | int | float):
                 raise DataError(
                     expected=f"text or a number in the column {name!r} of the template",
-                    got=_short(item[name]),
+                    got=short(item[name]),
                     do="write the column's value as text",
                 )
         return item
+    columns = ", ".join(template.columns) or "(none)"
     raise DataError(
         expected=f"an object with the columns of the template {template.source!r}: {columns}",
         got="a single text" if isinstance(item, str) else "messages",
@@ -290,79 +211,20 @@ def _columns(item: Item, template: Template) -> Mapping[str, Any]:
 def _fill(
     tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], template: Template
 ) -> tuple[list[int], list[int] | None]:
-    # Words between two virtual tokens are tokenized as one text, as the model knows them.
-    pieces: list[Virtual | str] = []
-    for segment in template.fill(row):
-        if isinstance(segment, Text) and pieces and isinstance(pieces[-1], str):
-            pieces[-1] += segment.text
-        else:
-            pieces.append(segment.text if isinstance(segment, Text) else segment)
+    segments = list(template.fill(row))
     if template.leading:
-        return _with_leading_specials(tokenizer, "".join(p for p in pieces if isinstance(p, str))), None
+        return prompt_ids(tokenizer, "".join(s.text for s in segments if isinstance(s, Text))), None
     ids = leading_specials(tokenizer)
     slots = [-1] * len(ids)
-    filled = 0
-    for piece in pieces:
-        if isinstance(piece, str):
-            new = text_ids(tokenizer, piece)
-            slots += [-1] * len(new)
+    numbers = count()
+    # Words between two virtual tokens are tokenized as one text, as the model knows them.
+    for virtual, run in groupby(segments, key=lambda segment: isinstance(segment, Virtual)):
+        if virtual:
+            places = list(islice(numbers, sum(s.count for s in run if isinstance(s, Virtual))))
+            ids += [filler_id(tokenizer)] * len(places)
+            slots += places
         else:
-            new = [filler_id(tokenizer)] * piece.count
-            slots += range(filled, filled + piece.count)
-            filled += piece.count
-        ids += new
+            new = text_ids(tokenizer, "".join(s.text for s in run if isinstance(s, Text)))
+            ids += new
+            slots += [-1] * len(new)
     return ids, slots
-
-
-def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Tokenize a text as it is, without adding special tokens.
-
-    Raises:
-        DataError: the text is not valid Unicode.
-    """
-    _check_unicode(text)
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
-def leading_specials(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The special tokens the tokenizer puts in front of a text: bos, [CLS], or none."""
-    ids, added = _with_marks(tokenizer, "a")
-    return ids[: added.index(0)] if 0 in added else []
-
-
-def _with_leading_specials(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    _check_unicode(text)
-    ids, added = _with_marks(tokenizer, text)
-    if 0 not in added:
-        return leading_specials(tokenizer)
-    return ids[: len(ids) - added[::-1].index(0)]
-
-
-def _with_marks(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
-    """The ids with all special tokens, and 1 where the tokenizer added one."""
-    encoded = tokenizer(text, return_special_tokens_mask=True, return_attention_mask=False, verbose=False)
-    return list(encoded["input_ids"]), list(encoded["special_tokens_mask"])
-
-
-def _check_unicode(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            expected="valid Unicode text",
-            got=f"half of a surrogate pair, U+{ord(text[error.start]):04X}",
-            do="write the text again as UTF-8",
-        ) from None
-
-
-def filler_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id at masked positions and under virtual tokens: the padding token's, else eos, else 0. It is never read."""
-    for name in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if isinstance(name, int):
-            return name
-    return 0
-
-
-def _short(value: object, limit: int = 60) -> str:
-    text = repr(value)
-    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -12,9 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from overture.errors import ConfigError, ContextLengthError
 from overture.prompt import SoftPrompt
-from overture.runtime.encode import Encoded, Item, encode, filler_id
+from overture.runtime.encode import Encoded, Item, encode
 from overture.runtime.host import stands_in_text
 from overture.runtime.prompts import prompts as using_prompts
+from overture.runtime.tokens import filler_id
 from overture.spec import ModelSpec
 
 __all__ = ["generate", "generate_ids"]

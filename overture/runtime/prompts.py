@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from transformers import PreTrainedModel
 
+from overture.dispatch import require_masks
 from overture.errors import ConfigError
 from overture.prompt import BlockInputs, KVPrefix, SoftPrompt, VirtualTokens
 from overture.runtime.compile import compile_prefixes
@@ -50,6 +51,8 @@ def prompts(
     tokens = [_tokens(row) if placed else None for row, placed in zip(listed, _placed(listed, batch), strict=True)]
     ahead = [row if token is None else None for row, token in zip(listed, tokens, strict=True)]
     _check_places(host.spec, ahead, tokens, batch)
+    if any(row is not None for row in ahead):
+        require_masks(model)
     prefixes = PrefixRows.stack(_as_prefixes(model, host, ahead), model.device)
     inside = TokenRows(tokens, batch.slots) if batch is not None and batch.slots is not None else None
     with host.using(Rows(len(listed), prefixes, inside)):

@@ -17,14 +17,15 @@ from overture.errors import ConfigError, ContextLengthError, DivergedError, Prom
 from overture.methods import Method, Prepared
 from overture.prompt import BaseModelId, BlockInputs, SoftPrompt, Value, VirtualTokens
 from overture.runtime.compile import Frozen, compile_prefixes
-from overture.runtime.encode import filler_id
 from overture.runtime.host import stands_in_text
+from overture.runtime.tokens import filler_id
 from overture.spec import ModelSpec
 from overture.tuning.cohort import Cohort, mean_losses
 from overture.tuning.config import TuneConfig
 from overture.tuning.data import Row, Source, load_rows
 from overture.tuning.events import Event, Listener
-from overture.tuning.examples import Example, encode_rows
+from overture.tuning.example import Example
+from overture.tuning.examples import encode_rows
 from overture.tuning.forward import frozen
 from overture.tuning.results import CohortResult, TuneResult
 from overture.tuning.trainee import Trainee

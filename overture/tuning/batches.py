@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from functools import lru_cache
 
-from overture.tuning.examples import Example
+from overture.tuning.example import Example
 
 __all__ = ["BatchOrder"]
 

@@ -17,7 +17,7 @@ from overture.runtime.prompts import RowPrompt
 from overture.tuning.checkpoint import load_checkpoint, save_checkpoint
 from overture.tuning.config import TuneConfig
 from overture.tuning.events import CheckpointSaved, Evaluated, Failed, Finished, Listener, StepDone
-from overture.tuning.examples import Example
+from overture.tuning.example import Example
 from overture.tuning.forward import checkpointed_blocks, frozen, row_losses
 from overture.tuning.trainee import Trainee
 

@@ -9,14 +9,16 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from overture.prompt import SoftPrompt
-from overture.runtime.encode import batch_rows, filler_id
+from overture.runtime.encode import batch_rows
 from overture.runtime.generate import generate_ids
 from overture.runtime.host import stands_in_text
+from overture.runtime.tokens import filler_id
 from overture.spec import ModelSpec
 from overture.tuning.cohort import mean_losses
 from overture.tuning.config import TuneConfig
 from overture.tuning.data import Row, Source, load_rows
-from overture.tuning.examples import Example, encode_rows
+from overture.tuning.example import Example
+from overture.tuning.examples import encode_rows
 from overture.tuning.forward import frozen
 
 __all__ = ["EvalResult", "evaluate"]

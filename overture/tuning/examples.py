@@ -1,25 +1,26 @@
-"""From rows to training examples: token ids, which of them count, and where virtual tokens stand between them.
+"""From rows to training examples: the four shapes of data, and templates.
 
 Prompt and completion are tokenized apart and joined, exactly as generation joins what it read and what it writes.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from overture.errors import DataError
-from overture.runtime.encode import check_messages, encode_prompt, leading_specials, render, text_ids, with_places
-from overture.template import Template, Virtual
+from overture.runtime.encode import encode_prompt, has_text
+from overture.runtime.tokens import eos_ids, leading_specials, text_ids
+from overture.template import Template
+from overture.tuning.chats import chat_completion_ids, chat_ids
 from overture.tuning.data import BadRow, Row, raise_bad_rows
+from overture.tuning.example import Example
+from overture.tuning.truncate import head, tail, too_long
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["SHAPES", "Example", "encode_rows"]
+__all__ = ["SHAPES", "encode_rows"]
 
 SHAPES: dict[str, frozenset[str]] = {
     "prompt + completion": frozenset({"prompt", "completion"}),
@@ -29,46 +30,7 @@ SHAPES: dict[str, frozenset[str]] = {
 }
 """The shapes a file may have, and the columns that make them. All other columns are left alone."""
 
-_GENERATION = re.compile(r"\{%-?\s*generation\b")
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One training row as the model sees it. T tokens; leading virtual tokens are not among them."""
-
-    ids: tuple[int, ...]
-    """Token ids [T]."""
-    targets: tuple[bool, ...]
-    """[T]: True if this token is predicted and counts in the loss. The first never is: no text stands before it."""
-    slots: tuple[int, ...] | None
-    """[T]: -1 for text, else the index of the virtual token standing there; None if no virtual token stands inside."""
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @property
-    def num_targets(self) -> int:
-        """Tokens that count in the loss."""
-        return sum(self.targets)
-
-    def with_leading(self, length: int, filler: int) -> Example:
-        """The row with places for `length` virtual tokens in front, for models that cannot run them ahead."""
-        ids, slots = with_places(self.ids, length, filler)
-        return Example(tuple(ids), (*[False] * length, *self.targets), tuple(slots))
-
-    def split(self) -> tuple[tuple[list[int], list[int] | None], list[int]]:
-        """What the model reads (ids and slots) before the row's last run of targets, and that run."""
-        end = max(i for i, target in enumerate(self.targets) if target) + 1
-        start = max((i for i in range(end) if not self.targets[i]), default=-1) + 1
-        slots = None if self.slots is None else list(self.slots[:start])
-        return (list(self.ids[:start]), slots), list(self.ids[start:end])
-
-    def without_slots(self) -> Example:
-        """The row without places for virtual tokens, as the frozen model reads it."""
-        if self.slots is None:
-            return self
-        kept = [i for i, slot in enumerate(self.slots) if slot < 0]
-        return Example(tuple(self.ids[i] for i in kept), tuple(self.targets[i] for i in kept), None)
+Builder = Callable[["PreTrainedTokenizerBase", Mapping[str, Any]], Example]
 
 
 def encode_rows(
@@ -96,9 +58,12 @@ def encode_rows(
         DataError: mixed or unknown columns, or bad rows; the first five bad rows are named, and all are counted.
         UnsupportedModelError: messages, and a tokenizer without a chat template.
     """
-    fitted = template is not None and not all(isinstance(segment, Virtual) for segment in template.segments)
-    shape = None if fitted else _shape(rows)
-    build = _template_builder(rows, template) if template is not None and shape is None else _BUILDERS[str(shape)]
+    shape = None
+    if has_text(template):
+        build = _template_builder(rows, template)
+    else:
+        shape = _shape(rows)
+        build = _BUILDERS[shape]
     examples: list[Example] = []
     bad: list[BadRow] = []
     for row in rows:
@@ -106,16 +71,15 @@ def encode_rows(
             example = build(tokenizer, row.values)
             if len(example) > max_tokens:
                 if not truncate:
-                    raise _too_long(example, max_tokens)
-                example = _head(example, max_tokens) if shape == "text" else _tail(example, tokenizer, max_tokens)
+                    raise too_long(example, max_tokens)
+                example = head(example, max_tokens) if shape == "text" else tail(example, tokenizer, max_tokens)
+                if example.num_targets == 0:
+                    raise too_long(example, max_tokens)
             examples.append(example)
         except DataError as error:
             bad.append((row.where, error))
     raise_bad_rows(bad)
     return examples
-
-
-Builder = Callable[["PreTrainedTokenizerBase", Mapping[str, Any]], Example]
 
 
 def _shape(rows: Sequence[Row]) -> str:
@@ -159,146 +123,40 @@ def _completion_ids(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], 
     if not ids:
         raise DataError(
             expected=f"a {column} with at least one token to learn",
-            got=f"{text!r}",
+            got=repr(text),
             do=f"fill {column!r} or drop the row",
         )
-    return ids + _eos(tokenizer)
-
-
-def _eos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return [tokenizer.eos_token_id] if isinstance(tokenizer.eos_token_id, int) else []
+    return ids + eos_ids(tokenizer)
 
 
 def _from_pair(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any]) -> Example:
-    kinds = {name: "text" if isinstance(row.get(name), str) else "messages" for name in ("prompt", "completion")}
-    for name in kinds:
+    for name in ("prompt", "completion"):
         if row.get(name) is None:
             raise DataError(expected=f"a {name!r} in every row", got="none", do="fill it or drop the row")
-    if kinds["prompt"] != kinds["completion"]:
+    prompt, completion = ("text" if isinstance(row[name], str) else "messages" for name in ("prompt", "completion"))
+    if prompt != completion:
         raise DataError(
             expected="text in both prompt and completion, or messages in both",
-            got=f"{kinds['prompt']} in 'prompt', {kinds['completion']} in 'completion'",
+            got=f"{prompt} in 'prompt', {completion} in 'completion'",
             do="write both alike",
         )
-    if kinds["prompt"] == "text":
-        ids, _ = encode_prompt(tokenizer, row)
-        return _join(ids, _completion_ids(tokenizer, row, "completion"))
-    return _from_chat_pair(tokenizer, row)
-
-
-def _from_chat_pair(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any]) -> Example:
     ids, _ = encode_prompt(tokenizer, row)
-    prompt = check_messages(row["prompt"], "prompt")
-    completion = check_messages(row["completion"], "completion")
-    if any(message["role"] != "assistant" for message in completion):
-        raise DataError(
-            expected="only assistant messages in 'completion'",
-            got=", ".join(message["role"] for message in completion),
-            do="write the whole chat as 'messages'; the loss then counts the assistant's turns only",
-        )
-    before = render(tokenizer, prompt, answer=True, tools=row.get("tools"))
-    whole = render(tokenizer, [*prompt, *completion], answer=False, tools=row.get("tools"))
-    answer = _close(tokenizer, _after(before, whole))
-    learned = text_ids(tokenizer, answer) if any(_says_something(message) for message in completion) else []
-    return _join(ids, _need_target(learned) + _eos_unless_closed(tokenizer, answer))
-
-
-def _says_something(message: Mapping[str, Any]) -> bool:
-    content = message.get("content")
-    return bool(content.strip() if isinstance(content, str) else content) or bool(message.get("tool_calls"))
-
-
-def _need_target(ids: list[int]) -> list[int]:
-    if ids:
-        return ids
-    raise DataError(
-        expected="an assistant's answer with at least one token to learn",
-        got="an empty answer",
-        do="fill the answer or drop the row",
-    )
-
-
-def _after(before: str, whole: str) -> str:
-    if whole.startswith(before):
-        return whole[len(before) :]
-    at = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(whole))
-    raise DataError(
-        expected="a chat template that writes a chat's first turns the same whatever follows",
-        got=f"{before[at : at + 30]!r} when asked for an answer, {whole[at : at + 30]!r} in the whole chat",
-        do="use a template that marks the answers with {% generation %}, or write prompt and completion as plain text",
-    )
-
-
-def _close(tokenizer: PreTrainedTokenizerBase, answer: str) -> str:
-    """The answer up to its closing special token: generation stops there and never writes the white space behind it."""
-    bare = answer.rstrip()
-    return bare if bare.endswith(tuple(tokenizer.all_special_tokens)) else answer
-
-
-def _eos_unless_closed(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
-    return [] if answer.endswith(tuple(tokenizer.all_special_tokens)) else _eos(tokenizer)
+    if prompt == "text":
+        return _join(ids, _completion_ids(tokenizer, row, "completion"))
+    return _join(ids, chat_completion_ids(tokenizer, row))
 
 
 def _from_messages(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any]) -> Example:
-    messages = check_messages(row.get("messages"), "messages")
-    tools = row.get("tools")
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if not any(_says_something(messages[i]) for i in answers):
-        raise DataError(
-            expected="at least one assistant message with words to learn",
-            got=f"the roles {', '.join(message['role'] for message in messages)}",
-            do="add the assistant's answer, role 'assistant'",
-        )
-    # Rendering first also checks that there is a template and that it accepts the messages.
-    whole = render(tokenizer, messages, answer=False, tools=tools)
-    if tokenizer.is_fast and _GENERATION.search(tokenizer.get_chat_template(tools=tools)):
-        example = _marked(tokenizer, messages, tools)
-    else:
-        example = _by_prefixes(tokenizer, messages, answers, whole, tools)
-    if not any(example.targets):
-        _need_target([])
-    return example
-
-
-def _marked(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], tools: Any) -> Example:
-    """Targets are what the chat template puts between `{% generation %}` and `{% endgeneration %}`."""
-    encoded: Any = tokenizer.apply_chat_template(
-        messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True
-    )
-    targets = [bool(mark) for mark in encoded["assistant_masks"]]
-    # What follows the last answer changes nothing the model learns from.
-    end = max((i for i, target in enumerate(targets) if target), default=-1) + 1
-    return Example(tuple(encoded["input_ids"][:end]), (False, *targets[1:end])[:end], None)
-
-
-def _by_prefixes(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], answers: list[int], whole: str, tools: Any
-) -> Example:
-    """Targets are what the rendering of a chat gains when an answer joins it."""
-    ids: list[int] = []
-    targets: list[bool] = []
-    written = 0
-    for turn in answers:
-        if turn == 0:
-            raise DataError(expected="a message before the assistant's first", got="none", do="add the user's message")
-        before = render(tokenizer, messages[:turn], answer=True, tools=tools)
-        upto = render(tokenizer, messages[: turn + 1], answer=False, tools=tools)
-        _after(upto, whole)
-        answer = _close(tokenizer, _after(before, upto))
-        pieces = [text_ids(tokenizer, whole[written : len(before)]), text_ids(tokenizer, answer)]
-        if turn == answers[-1]:
-            pieces[1] += _eos_unless_closed(tokenizer, answer)
-        ids += pieces[0] + pieces[1]
-        targets += [False] * len(pieces[0]) + [True] * len(pieces[1])
-        written = len(before) + len(answer)
+    ids, targets = chat_ids(tokenizer, row)
     return Example(tuple(ids), tuple(targets), None)
 
 
 def _from_text(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any]) -> Example:
     text = _text_of(row, "text")
-    ids = (encode_prompt(tokenizer, text)[0] if text.strip() else []) + _eos(tokenizer)
+    ids = encode_prompt(tokenizer, text)[0] + eos_ids(tokenizer) if text.strip() else []
+    # A special token in front is there for generation too; without one, the first token has no text before it.
     unlearned = max(1, len(leading_specials(tokenizer)))
-    if not text.strip() or len(ids) <= unlearned:
+    if len(ids) <= unlearned:
         raise DataError(
             expected="a text with at least one token to learn", got=repr(text), do="fill it or drop the row"
         )
@@ -342,44 +200,3 @@ def _template_builder(rows: Sequence[Row], template: Template) -> Builder:
         return _join(ids, _completion_ids(tokenizer, row, target), slots)
 
     return build
-
-
-def _too_long(example: Example, max_tokens: int) -> DataError:
-    return DataError(
-        expected=f"at most {max_tokens} tokens",
-        got=f"{len(example)} tokens, {sum(example.targets)} of them to learn",
-        do="shorten the row, raise max_length, or pass --truncate",
-    )
-
-
-def _head(example: Example, max_tokens: int) -> Example:
-    return Example(example.ids[:max_tokens], example.targets[:max_tokens], None)
-
-
-def _tail(example: Example, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Example:
-    """Drop text from the left, but not the special tokens in front, virtual tokens, or the last run of targets."""
-    specials = tuple(leading_specials(tokenizer))
-    if specials and example.ids[: len(specials)] == specials:
-        first = len(specials)
-    else:
-        first = int(example.ids[0] == tokenizer.bos_token_id)
-    last_run = 1 + max((i for i, (a, b) in enumerate(pairwise(example.targets)) if b and not a), default=-1)
-    slots = example.slots or (-1,) * len(example)
-    free = [i for i in range(first, last_run) if slots[i] == -1]
-    # Something must stand before the answer, or its first token could not be predicted.
-    spare = len(free) if len(free) < last_run else len(free) - 1
-    excess = len(example) - max_tokens
-    if excess > spare:
-        error = _too_long(example, max_tokens)
-        raise DataError(
-            expected=error.expected,
-            got=f"{error.got}, and too few others to cut",
-            do="shorten the answer or raise max_length",
-        )
-    dropped = set(free[:excess])
-    kept = [i for i in range(len(example)) if i not in dropped]
-    return Example(
-        ids=tuple(example.ids[i] for i in kept),
-        targets=tuple(example.targets[i] for i in kept),
-        slots=None if example.slots is None else tuple(example.slots[i] for i in kept),
-    )

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from overture.runtime.encode import Encoded, batch_rows
 from overture.runtime.prompts import RowPrompt, prompts
 from overture.spec import ModelSpec, block_modules
-from overture.tuning.examples import Example
+from overture.tuning.example import Example
 
 __all__ = ["checkpointed_blocks", "collate", "frozen", "row_losses"]
 

@@ -15,7 +15,7 @@ from overture.errors import DivergedError
 from overture.methods import Method, Prepared, PromptModule
 from overture.tuning.batches import BatchOrder
 from overture.tuning.config import TuneConfig
-from overture.tuning.examples import Example
+from overture.tuning.example import Example
 
 __all__ = ["Trainee"]
 

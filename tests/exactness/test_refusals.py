@@ -113,6 +113,15 @@ def test_virtual_tokens_of_an_encoder_are_not_compiled():
         compile_prefixes(BertModel(config).eval(), [VirtualTokens(torch.randn(3, 32))])
 
 
+@pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")  # transformers calls it
+def test_attention_without_explicit_masks(make_model):
+    model = make_model("llama", "flex_attention", torch.float32)
+    with pytest.raises(UnsupportedModelError, match=r"'flex_attention'. Call model.set_attn_implementation\('sdpa'\)"):
+        _enter(model, VirtualTokens(torch.randn(3, 32)))
+    model.set_attn_implementation("sdpa")
+    _enter(model, VirtualTokens(torch.randn(3, 32)))
+
+
 def test_numbers_that_are_none(make_model):
     broken = VirtualTokens(torch.tensor([[float("nan")] * 32]))
     with pytest.raises(PromptFileError, match=r"NaN or infinity in 'embeddings'"):

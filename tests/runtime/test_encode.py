@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from overture.errors import ConfigError, DataError, OvertureError, UnsupportedModelError
 from overture.prompt import BaseModelId, SoftPrompt, VirtualTokens
-from overture.runtime.encode import Item, encode, encode_prompt, filler_id, leading_specials
+from overture.runtime.encode import Item, encode, encode_prompt
+from overture.runtime.tokens import filler_id, leading_specials
 from overture.template import Template
 
 SENTENCES = ["the cat sat on the mat", "user asks and the assistant answers", "Hello world, how are you?"]

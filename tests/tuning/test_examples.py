@@ -12,7 +12,8 @@ from overture.errors import DataError, UnsupportedModelError
 from overture.runtime.encode import encode_prompt
 from overture.template import Template
 from overture.tuning.data import load_rows
-from overture.tuning.examples import Example, encode_rows
+from overture.tuning.example import Example
+from overture.tuning.examples import encode_rows
 
 SENTENCES = ["the cat sat on the mat", "user asks and the assistant answers", "Hello world, how are you?"]
 CHAT = (

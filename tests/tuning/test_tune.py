@@ -21,7 +21,8 @@ from overture.tuning.config import TuneConfig
 from overture.tuning.data import load_rows
 from overture.tuning.evaluate import evaluate
 from overture.tuning.events import CheckpointSaved, Evaluated, Failed, StepDone
-from overture.tuning.examples import Example, encode_rows
+from overture.tuning.example import Example
+from overture.tuning.examples import encode_rows
 from overture.tuning.forward import row_losses
 
 FAST = TuneConfig(steps=12, batch_size=4, eval_every=4)

@@ -1,0 +1,28 @@
+"""What the documents say of defaults is what the code does. Oracle: the configs themselves."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from overture.methods import DeepPrompt, PrefixTuning, PromptTuning, PTuning
+
+DOCS = Path(__file__).parents[1] / "docs" / "methods"
+
+
+@pytest.mark.parametrize(
+    ("page", "rates"),
+    [
+        ("prefix_tuning", [PrefixTuning().learning_rate, PrefixTuning(reparameterization=False).learning_rate]),
+        ("prompt_tuning", [PromptTuning().learning_rate]),
+        ("p_tuning", [PTuning().learning_rate, PTuning(encoder="none").learning_rate]),
+        ("deep_prompts", [DeepPrompt().learning_rate, DeepPrompt(reparameterization=True).learning_rate]),
+    ],
+)
+def test_the_step_sizes_in_the_methods_pages(page: str, rates: list[float]) -> None:
+    text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
+    sentence = re.search(r"Default step size: (.*?) in units", text)
+    assert sentence is not None
+    assert [float(number) for number in re.findall(r"\d[\d.]*(?:e-?\d+)?", sentence.group(1))] == rates
