@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -24,7 +23,7 @@ def test_links_lead_to_files() -> None:
 
 
 def test_the_python_runs_in_a_clone(tmp_path: Path) -> None:
-    """Both examples, one after the other, in a folder that holds what a clone holds; only the number of steps is cut."""
+    """Both examples in turn, in a folder that holds what a clone holds; only the number of steps is cut."""
     first, second = _blocks("python")
     script = (
         "import dataclasses, overture.tuning.config as c\n"

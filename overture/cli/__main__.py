@@ -1,0 +1,7 @@
+"""`python -m overture.cli` is the command `overture`."""
+
+import sys
+
+from overture.cli import main
+
+sys.exit(main())

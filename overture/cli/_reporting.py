@@ -1,0 +1,51 @@
+"""From results of tuning to the plain values that a report takes."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+from overture.methods import Method
+from overture.report import PromptSummary
+from overture.tuning.config import TuneConfig
+from overture.tuning.results import TuneResult
+
+__all__ = ["settings_of", "summary_of", "versions"]
+
+
+def summary_of(
+    result: TuneResult, *, file: str = "", exact_match: tuple[float, float] | None = None, method: str | None = None
+) -> PromptSummary:
+    """One row of the report's table, with its curves."""
+    return PromptSummary(
+        name=result.name,
+        method=method or result.method,
+        virtual_tokens=result.prompt.length,
+        trained_parameters=result.trained_parameters,
+        stored_parameters=result.stored_parameters,
+        base_parameters=result.base_parameters,
+        loss_before=result.frozen_loss,
+        loss_after=result.loss,
+        seconds=result.seconds,
+        train_curve=tuple(result.train_curve),
+        dev_curve=tuple(result.dev_curve),
+        exact_match=exact_match,
+        file=file,
+    )
+
+
+def settings_of(method: Method | None, config: TuneConfig) -> dict[str, Any]:
+    """Options of a method (if it was one for all) and of a run, in words."""
+    described: dict[str, Any] = {} if method is None else method.describe()
+    options = ({"method": described.pop("name")} if described else {}) | described | asdict(config)
+    return {key.replace("_", " "): "default" if value is None else value for key, value in options.items()}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what runs here."""
+    found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
+    found |= {name: version(name) for name in ("overture", "torch", "transformers")}
+    return found | {"cpu threads": str(os.cpu_count())}

@@ -1,0 +1,64 @@
+"""`overture eval`: what prompts are worth on held-out rows, beside the frozen model."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any
+
+import typer
+
+from overture.cli._options import Data, Json, Model, Prompts, Quiet, check_data
+from overture.cli._ui import Ui
+
+__all__ = ["evaluate"]
+
+
+def evaluate(
+    data: Data,
+    model: Model = "tiny",
+    prompt: Prompts = None,
+    frozen: Annotated[bool, typer.Option(help="Evaluate the frozen model as well.")] = True,
+    exact_match: Annotated[bool, typer.Option(help="Also generate every answer and compare.")] = True,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show loss, perplexity and exact match of prompts and of the frozen model on rows of data."""
+    ui = Ui(as_json, quiet)
+    check_data(data, kind="evaluation")
+    with ui.busy("Starting", brief=True):
+        from overture.cli._session import FROZEN, load_session
+        from overture.tuning import evaluate as evaluation
+
+    named = [name for name in prompt or () if name != FROZEN]
+    session = load_session(ui, model, [FROZEN, *named] if frozen or not named else named)
+    rows: list[dict[str, Any]] = []
+    for name in ui.track(list(session.prompts), f"Evaluating on {data.name}"):
+        result = evaluation.evaluate(
+            session.model, session.tokenizer, session.prompts[name], data, exact_match=exact_match
+        )
+        rows.append(
+            {
+                "prompt": name,
+                "loss": result.loss,
+                "perplexity": result.perplexity,
+                "exact_match": result.exact_match,
+                "tokens": result.tokens,
+                "rows": result.rows,
+            }
+        )
+    ui.result({"model": model, "data": str(data), "results": rows}, _table(ui, rows))
+
+
+def _table(ui: Ui, rows: list[dict[str, Any]]) -> Any:
+    from rich.text import Text
+
+    right = ("loss", "perplexity", "exact match", "target tokens", "rows")
+    table = ui.table("prompt", *right, right=right)
+    best = min((row["loss"] for row in rows if math.isfinite(row["loss"])), default=None)
+    for row in rows:
+        style = "bold green" if row["loss"] == best and len(rows) > 1 else ""
+        match = "-" if row["exact_match"] is None else f"{100 * row['exact_match']:.1f} %"
+        name = Text("frozen model", style="dim") if row["prompt"] == "none" else Text(row["prompt"], style="bold")
+        numbers = (f"{row['loss']:.4f}", f"{row['perplexity']:,.2f}")
+        table.add_row(name, *(Text(n, style=style) for n in numbers), match, f"{row['tokens']:,}", f"{row['rows']:,}")
+    return table

@@ -1,0 +1,168 @@
+"""`overture tune`: one soft prompt from one file of rows."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from overture.cli._options import Data, Json, Model, Quiet, Seed, check_data, check_output
+from overture.cli._ui import Ui
+
+if TYPE_CHECKING:
+    from overture.tuning.results import TuneResult
+
+__all__ = ["tune"]
+
+
+def tune(
+    data: Data,
+    method: Annotated[str, typer.Option(help="prefix, prompt, p-tuning or deep.")] = "prefix",
+    model: Model = "tiny",
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="Prompt file to write.")] = Path(
+        "prompt.safetensors"
+    ),
+    dev: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Held-out rows; else a part of DATA is held out.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(show_default="by method", help="Number of virtual tokens.")] = None,
+    init: Annotated[
+        str | None, typer.Option(help="Start: 'random', 'vocabulary', any text, or a JSON list of class labels.")
+    ] = None,
+    template: Annotated[
+        str | None, typer.Option(help="P-Tuning: where the tokens stand, such as '[V3] {premise} [V3] {hypothesis}'.")
+    ] = None,
+    encoder: Annotated[str | None, typer.Option(show_default="lstm", help="P-Tuning: lstm, mlp or none.")] = None,
+    steps: Annotated[int | None, typer.Option(show_default="200", help="Optimizer steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option(show_default="8", help="Rows per step.")] = None,
+    lr: Annotated[float | None, typer.Option(show_default="by method", help="Peak learning rate.")] = None,
+    optimizer: Annotated[str | None, typer.Option(show_default="adamw", help="adamw or adafactor.")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(show_default="cosine", help="cosine or constant, after a warmup.")
+    ] = None,
+    seed: Seed = 0,
+    patience: Annotated[
+        int | None, typer.Option(help="Stop after so many evaluations of the held-out rows without a better one.")
+    ] = None,
+    max_length: Annotated[int | None, typer.Option(help="Longest row in tokens, virtual tokens included.")] = None,
+    truncate: Annotated[bool, typer.Option("--truncate", help="Cut prompts that are too long, on their left.")] = False,
+    precision: Annotated[str | None, typer.Option(show_default="auto", help="auto, fp32 or bf16.")] = None,
+    run_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep checkpoints here.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --run-dir.")] = False,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Any other option of the method or the run; may be repeated."),
+    ] = None,
+    report: Annotated[Path | None, typer.Option(metavar="FILE", help="Write an HTML report.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Tune a soft prompt on rows of data and write it to a file.
+
+    Rows have the columns prompt and completion, or messages, or text, or text and label.
+    """
+    ui = Ui(as_json, quiet)
+    check_output(out, ".safetensors")
+    check_output(report, ".html")
+    first = check_data(data)
+    if dev is not None:
+        check_data(dev, kind="dev")
+    with ui.busy("Starting", brief=True):
+        from overture.cli import _settings
+        from overture.cli._progress import TuningView
+        from overture.cli._session import load_session
+        from overture.tuning import api
+
+    of_method = {"num_virtual_tokens": tokens, "init": init, "template": template, "encoder": encoder}
+    of_run = {"steps": steps, "batch_size": batch_size, "learning_rate": lr, "optimizer": optimizer}
+    of_run |= {"schedule": schedule, "seed": seed, "patience": patience, "precision": precision}
+    of_run |= {"max_length": max_length, "truncate": truncate}
+    chosen, config = _settings.method_and_config(method, of_method, of_run, option or ())
+    session = load_session(ui, model)
+    name = out.stem
+    with TuningView(ui, {name: method}) as view:
+        result = api.tune(
+            session.model,
+            session.tokenizer,
+            chosen,
+            data,
+            dev=dev,
+            config=config,
+            name=name,
+            run_dir=run_dir,
+            resume=resume,
+            on_event=view,
+        )
+    result.prompt.save(out)
+    if report is not None:
+        from overture.cli._reporting import settings_of, summary_of, versions
+        from overture.report import Report, write
+
+        page = Report(
+            title=f"{name}: a soft prompt for {model}",
+            summary=f"{data.name}, tuned by the method {method}. The base model did not change.",
+            prompts=(summary_of(result, file=str(out)),),
+            settings={"data": data, "model": model} | settings_of(chosen, config),
+            versions=versions(),
+        )
+        write(page, report)
+    ui.result(_document(result, out, report), *_panel(result, out, report, _next(result, out, model, first)))
+
+
+def _document(result: TuneResult, out: Path, report: Path | None) -> dict[str, Any]:
+    return {
+        "name": result.name,
+        "method": result.method,
+        "prompt": str(out),
+        "report": str(report) if report else None,
+        "virtual_tokens": result.prompt.length,
+        "trained_parameters": result.trained_parameters,
+        "stored_parameters": result.stored_parameters,
+        "base_parameters": result.base_parameters,
+        "loss_before": result.frozen_loss,
+        "loss_after": result.loss,
+        "seconds": result.seconds,
+        "stop_reason": result.stop_reason,
+    }
+
+
+def _next(result: TuneResult, out: Path, model: str, first: Mapping[str, Any]) -> str:
+    """A command to try on the new prompt, which speaks to it as the data did."""
+    prompt, template = result.prompt, result.prompt.template
+    words = ["overture", "generate", "--model", model, "--prompt", str(out)]
+    if template is not None and len(template.columns) > 1:
+        return shlex.join([*words, *(w for name in template.columns for w in ("--column", f"{name}={first[name]}"))])
+    if template is None:
+        words += ["--prompt", "none"]
+    chat = "messages" in first or not isinstance(first.get("prompt", ""), str)
+    return shlex.join([*words, *(["--chat"] if chat else []), f"your text for {prompt.name}"])
+
+
+def _panel(result: TuneResult, out: Path, report: Path | None, command: str) -> list[Any]:
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
+    share = 100 * result.stored_parameters / result.base_parameters
+    measured = "the held-out rows" if result.prompt.metrics.get("dev_rows") else "the training rows"
+    better = result.loss < result.frozen_loss
+    rows = {
+        "loss before": Text(f"{result.frozen_loss:.4f} nats per token, frozen model on {measured}"),
+        "loss after": Text(f"{result.loss:.4f}", style="bold green" if better else "bold red"),
+        "parameters": Text(f"{result.trained_parameters:,} trained, {result.stored_parameters:,} stored"),
+        "share of base": Text(f"{share:.3g} % of {result.base_parameters:,}"),
+        "time": Text(f"{result.seconds:.1f} s, {result.stop_reason}"),
+        "prompt": Text(str(out)),
+    }
+    if report is not None:
+        rows["report"] = Text(str(report))
+    grid = Table.grid(padding=(0, 2))
+    for name, value in rows.items():
+        grid.add_row(Text(name, style="dim"), value)
+    panel = Panel(grid, title=Text(result.name), title_align="left")
+    if result.loss < result.frozen_loss:
+        return [panel, f"Next: {command}"]
+    return [panel, Text("This prompt is no better than the frozen model: try a lower --lr or more --steps.", "red")]
