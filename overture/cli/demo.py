@@ -69,7 +69,7 @@ def demo(
     _say(ui, _matches(ui, plan, matches))
     report = out / "report.html"
     _write(report, model, plan, list(tuned.values()), matches, samples, rows, config)
-    commands = _commands(files, samples[0].input, out)
+    commands = _commands(model, plan, files, samples[0].input)
     _say(ui, *_closing(out, files, commands))
     if as_json:
         ui.result(_document(tuned, plan, matches, samples, rows, files, report, commands))
@@ -188,17 +188,18 @@ def _write(
     write(page, path)
 
 
-def _commands(files: Mapping[str, Path], question: str, out: Path) -> list[str]:
-    from shlex import quote
+def _commands(model: str, plan: Plan, files: Mapping[str, Path], question: str) -> list[str]:
+    from shlex import join
 
-    names = list(files)
-    first, second = (quote(str(files[name])) for name in names[:2])
-    task = quote(str(next(path for name, path in files.items() if "prefix" in name)))
-    return [
-        f"overture chat --prompt {first}",
-        f"overture generate --chat --prompt {first} --prompt {second} --prompt none {quote(question)}",
-        f"overture inspect {task} --model tiny --picture {quote(str(out / 'attention.png'))}",
+    one, two, task = (str(files[name]) for name in (*plan.users[:2], plan.tasks[-1]))
+    picture = str(Path(task).with_name("attention.png"))
+    using = [] if model == "tiny" else ["--model", model]
+    commands = [
+        ["chat", *using, "--prompt", one],
+        ["generate", *using, "--chat", "--prompt", one, "--prompt", two, "--prompt", "none", question],
+        ["inspect", task, "--model", model, "--text", plan.dev[plan.tasks[-1]][0]["order"], "--picture", picture],
     ]
+    return [join(["overture", *words]) for words in commands]
 
 
 def _closing(out: Path, files: Mapping[str, Path], commands: Sequence[str]) -> list[Any]:

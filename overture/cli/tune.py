@@ -148,13 +148,14 @@ def _panel(result: TuneResult, out: Path, report: Path | None, command: str) -> 
 
     share = 100 * result.stored_parameters / result.base_parameters
     measured = "the held-out rows" if result.prompt.metrics.get("dev_rows") else "the training rows"
+    steps, early = result.prompt.metrics.get("steps"), result.stop_reason == "early stop"
     better = result.loss < result.frozen_loss
     rows = {
         "loss before": Text(f"{result.frozen_loss:.4f} nats per token, frozen model on {measured}"),
         "loss after": Text(f"{result.loss:.4f}", style="bold green" if better else "bold red"),
         "parameters": Text(f"{result.trained_parameters:,} trained, {result.stored_parameters:,} stored"),
         "share of base": Text(f"{share:.3g} % of {result.base_parameters:,}"),
-        "time": Text(f"{result.seconds:.1f} s, {result.stop_reason}"),
+        "time": Text(f"{result.seconds:.1f} s, {steps} steps" + (" (early stop)" if early else "")),
         "prompt": Text(str(out)),
     }
     if report is not None:
@@ -163,6 +164,6 @@ def _panel(result: TuneResult, out: Path, report: Path | None, command: str) -> 
     for name, value in rows.items():
         grid.add_row(Text(name, style="dim"), value)
     panel = Panel(grid, title=Text(result.name), title_align="left")
-    if result.loss < result.frozen_loss:
+    if better:
         return [panel, f"Next: {command}"]
     return [panel, Text("This prompt is no better than the frozen model: try a lower --lr or more --steps.", "red")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -161,7 +162,7 @@ def test_help_ends_with_the_exit_codes(run: Run) -> None:
     assert "130 interrupted" in done.out
 
 
-def test_demo_writes_what_it_says(run: Run, roomy: Path, tmp_path: Path) -> None:
+def test_demo_writes_what_it_says(run: Run, roomy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     done = run("demo", "--quick", "--model", roomy, "--out", out, "--json")
     assert (done.code, done.err) == (0, ""), done.out
@@ -173,3 +174,22 @@ def test_demo_writes_what_it_says(run: Run, roomy: Path, tmp_path: Path) -> None
     assert page.count("<svg") == 7
     assert json.dumps(found["samples"][0]["input"])[1:-1] in page
     assert len(found["next"]) == 3
+    for command in found["next"]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
+        assert run(*shlex.split(command)[1:]).code == 0, command
+
+
+def test_demo_shows_everything_to_a_reader(run: Run, roomy: Path, tmp_path: Path) -> None:
+    done = run("demo", "--quick", "--model", roomy, "--out", tmp_path)
+    assert done.code == 0, done.err
+    for words in (
+        "frozen model",
+        "pirate",
+        "Prompt Tuning",
+        "ONE mixed batch",
+        "loss before",
+        "exactly right",
+        "Next:",
+    ):
+        assert words in done.out
+    assert 4 <= len([line for line in done.err.splitlines() if line.startswith("step ")]) <= 10
