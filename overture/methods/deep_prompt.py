@@ -44,7 +44,7 @@ class DeepPrompt(Method):
     @property
     def learning_rate(self) -> float:
         """Peak step size when a run names none; smaller through the network, which multiplies it."""
-        return 1e-2 if self.reparameterization else 2e-1
+        return 2e-3 if self.reparameterization else 2e-1
 
     def build(self, frozen: FrozenModel, generator: Generator) -> DeepModule:
         """A module whose start is exactly what enters each block for the words given, or noise at that scale."""

@@ -48,7 +48,7 @@ class PrefixTuning(Method):
     @property
     def learning_rate(self) -> float:
         """Peak step size when a run names none; smaller through the network, which multiplies it."""
-        return 1e-2 if self.reparameterization else 2e-1
+        return 2e-3 if self.reparameterization else 2e-1
 
     def build(self, frozen: FrozenModel, generator: Generator) -> PrefixModule:
         """A module whose start is exactly the activations of the words given, or noise at the scale of the model's."""

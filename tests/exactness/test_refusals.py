@@ -113,9 +113,10 @@ def test_virtual_tokens_of_an_encoder_are_not_compiled():
         compile_prefixes(BertModel(config).eval(), [VirtualTokens(torch.randn(3, 32))])
 
 
-@pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")  # transformers calls it
 def test_attention_without_explicit_masks(make_model):
-    model = make_model("llama", "flex_attention", torch.float32)
+    model = make_model("llama", "sdpa", torch.float32)
+    _enter(model, VirtualTokens(torch.randn(3, 32)))
+    model.set_attn_implementation("flex_attention")
     with pytest.raises(UnsupportedModelError, match=r"'flex_attention'. Call model.set_attn_implementation\('sdpa'\)"):
         _enter(model, VirtualTokens(torch.randn(3, 32)))
     model.set_attn_implementation("sdpa")

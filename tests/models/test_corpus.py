@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from overture.models.corpus import SOURCES, Source, document_of, load, passages, split
+from overture.models.corpus import SOURCES, Source, document_of, load, passages, split, with_made_up_share
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="shared/data is not here")
@@ -38,6 +38,14 @@ def test_rows_of_every_kind_become_documents_without_labels() -> None:
         == [{"role": "user", "content": "a"}]
         == document_of({"messages": [{"role": "user", "content": "a"}]})
     )
+
+
+def test_the_made_up_share_is_set_and_the_others_keep_their_proportions() -> None:
+    changed = with_made_up_share(SOURCES, 0.7)
+    assert sum(source.weight for source in changed) == pytest.approx(1.0)
+    assert [source.weight for source in changed if not source.file] == [0.7]
+    before, after = ([s.weight for s in some if s.name in ("gsm8k", "genesis")] for some in (SOURCES, changed))
+    assert before[0] / before[1] == pytest.approx(after[0] / after[1])
 
 
 def test_passages_keep_every_line() -> None:
