@@ -9,7 +9,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from overture.dispatch import detach as detach
     from overture.errors import OvertureError as OvertureError
     from overture.methods import DeepPrompt as DeepPrompt
     from overture.methods import PrefixTuning as PrefixTuning
@@ -47,7 +46,6 @@ _HOMES = {
     "TuneResult": "tuning.results",
     "VirtualTokens": "prompt",
     "compile_prefixes": "runtime.compile",
-    "detach": "dispatch",
     "encode": "runtime.encode",
     "evaluate": "tuning.evaluate",
     "generate": "runtime.generate",

@@ -3,6 +3,9 @@
 transformers hands unknown keywords of `forward` down to the attention function, through gradient checkpointing too. So
 the replacement travels as a keyword and not in a context variable: recomputation runs in the backward pass, after any
 context has ended. Without the keyword the model's own attention function runs, bit for bit.
+
+The route stands under the implementations' own names. A model's config stays as it is: modeling code compares the name
+to choose its masks, and another name would change the model itself.
 """
 
 from __future__ import annotations
@@ -11,24 +14,15 @@ import sys
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from overture.errors import UnsupportedModelError
 
-__all__ = [
-    "KEYWORD",
-    "AttentionFunction",
-    "AttentionHandler",
-    "attach",
-    "detach",
-    "implementation",
-    "require_masks",
-]
+__all__ = ["KEYWORD", "AttentionFunction", "AttentionHandler", "install", "require_masks"]
 
 KEYWORD = "overture_attention"
-_PREFIX = "overture_"
+_ROUTED = ("sdpa", "eager")
 
 
 @runtime_checkable
@@ -60,15 +54,18 @@ class AttentionHandler(Protocol):
         ...
 
 
-def implementation(model: nn.Module) -> str:
-    """The attention implementation the model itself asked for, such as `sdpa` or `eager`."""
-    return str(getattr(model.config, "_attn_implementation", "") or "").removeprefix(_PREFIX)
+def install() -> None:
+    """Route transformers' `sdpa` and `eager` attention through Overture, once per process."""
+    for name in _ROUTED:
+        original = ALL_ATTENTION_FUNCTIONS.get(name)
+        if not isinstance(original, _Route):
+            AttentionInterface.register(name, _Route(original))
 
 
 def require_masks(model: nn.Module) -> None:
     """Raise `UnsupportedModelError` unless the model's attention implementation takes an explicit mask."""
-    name = implementation(model)
-    if name not in ("sdpa", "eager"):
+    name = getattr(model.config, "_attn_implementation", None)
+    if name not in _ROUTED:
         raise UnsupportedModelError(
             expected="attention that takes an explicit mask: sdpa or eager",
             got=f"attn_implementation={name!r}",
@@ -76,55 +73,25 @@ def require_masks(model: nn.Module) -> None:
         )
 
 
-def attach(model: PreTrainedModel) -> None:
-    """Route the model's attention through Overture. Idempotent; outputs stay the same bits without a handler."""
-    for config in _configs(model):
-        name = config._attn_implementation
-        if name is None or name.startswith(_PREFIX):
-            continue
-        routed = _PREFIX + name
-        if routed not in ALL_ATTENTION_FUNCTIONS:
-            AttentionInterface.register(routed, _Route(name))
-            if name in ALL_MASK_ATTENTION_FUNCTIONS:
-                # Without a mask function of the same name a model would build no mask at all.
-                AttentionMaskInterface.register(routed, ALL_MASK_ATTENTION_FUNCTIONS[name])
-        config._attn_implementation_internal = routed
-
-
-def detach(model: PreTrainedModel) -> None:
-    """Undo `attach`."""
-    for config in _configs(model):
-        name = config._attn_implementation
-        if name is not None:
-            config._attn_implementation_internal = name.removeprefix(_PREFIX)
-
-
-def _configs(model: PreTrainedModel) -> list[Any]:
-    models = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
-    return list({id(m.config): m.config for m in models}.values())
-
-
 class _Route:
-    """The attention function registered as `overture_<name>`."""
+    """An attention function that hands over to the handler of the forward pass, if there is one."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.__name__ = _PREFIX + name
+    def __init__(self, original: AttentionFunction | None) -> None:
+        """`original` is None for `eager`, of which every modeling file has its own."""
+        self.original = original
 
     def __call__(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         handler: AttentionHandler | None = kwargs.pop(KEYWORD, None)
-        inner = _inner(self.name, module)
+        inner = self.original or _eager(module)
         if handler is None:
             return inner(module, query, key, value, attention_mask, **kwargs)
         return handler.attend(inner, module, query, key, value, attention_mask, **kwargs)
 
 
-def _inner(name: str, module: nn.Module) -> AttentionFunction:
-    if name != "eager":
-        return ALL_ATTENTION_FUNCTIONS[name]  # type: ignore[no-any-return]
-    # Each modeling file defines its own eager function; a user's subclass may live in another module than its base.
+def _eager(module: nn.Module) -> AttentionFunction:
+    # A user's subclass may live in another module than its base.
     for cls in type(module).__mro__:
         function = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
         if function is not None:

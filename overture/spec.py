@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +19,15 @@ from overture import dispatch
 from overture.errors import UnsupportedModelError
 from overture.prompt import BaseModelId
 
-__all__ = ["AttentionLayer", "ModelSpec", "attention_modules", "backbone", "block_modules"]
+__all__ = [
+    "AttentionLayer",
+    "ModelSpec",
+    "attention_modules",
+    "backbone",
+    "block_modules",
+    "evaluating",
+    "unwrapped",
+]
 
 _SAMPLE = 256
 _SCALE_ROWS = 32_768
@@ -32,6 +42,8 @@ class AttentionLayer:
     """Path of the attention module below the backbone, such as `layers.3.self_attn`."""
     block: str
     """Path of the transformer block around it, such as `layers.3`; empty if there is none."""
+    heads: int
+    """Heads of queries."""
     kv_heads: int
     """Heads of keys and values, before they are repeated for grouped queries."""
     key_dim: int
@@ -64,6 +76,8 @@ class ModelSpec:
     """Attention calls in order."""
     is_decoder: bool
     """True if every attention call is causal."""
+    runs_ahead: bool
+    """True if leading virtual tokens can be run ahead: a decoder whose positions meet in attention alone."""
     num_parameters: int
     """Parameters of the base model (tied ones once)."""
     refusal: str | None
@@ -71,15 +85,18 @@ class ModelSpec:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> ModelSpec:
-        """Probe `model` with one forward pass of two tokens; later calls return the same value.
+        """Probe `model` with forward passes of two tokens; later calls return the same value while its weights stay.
 
         Raises:
             UnsupportedModelError: the model has no token embedding to prompt.
         """
-        spec = _SPECS.get(model)
-        if spec is None:
-            spec = _SPECS[model] = _probe(model)
-        return spec
+        model = unwrapped(model)
+        # Every change of a weight in place counts up its version.
+        version = sum(parameter._version for parameter in model.parameters())
+        known = _SPECS.get(model)
+        if known is None or known[0] != version:
+            known = _SPECS[model] = (version, _probe(model))
+        return known[1]
 
     def require_prefix(self) -> None:
         """Raise `UnsupportedModelError` unless a `KVPrefix` can enter the model's attention."""
@@ -92,19 +109,35 @@ class ModelSpec:
             )
 
 
-_SPECS: WeakKeyDictionary[nn.Module, ModelSpec] = WeakKeyDictionary()
+_SPECS: WeakKeyDictionary[nn.Module, tuple[int, ModelSpec]] = WeakKeyDictionary()
 
 
-def backbone(model: PreTrainedModel) -> PreTrainedModel:
+def unwrapped(model: nn.Module) -> PreTrainedModel:
+    """The transformers model itself, without a wrapper such as PEFT's.
+
+    Raises:
+        UnsupportedModelError: it is no transformers model.
+    """
+    inner = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(inner, PreTrainedModel):
+        raise UnsupportedModelError(
+            expected="a transformers model",
+            got=type(model).__name__,
+            do="pass what AutoModelForCausalLM.from_pretrained(...) or overture.load_base(...) returns",
+        )
+    return inner
+
+
+def backbone(model: nn.Module) -> PreTrainedModel:
     """The model without its head."""
-    return cast(PreTrainedModel, model.base_model)
+    return cast(PreTrainedModel, unwrapped(model).base_model)
 
 
 class _Recorder:
     """An attention handler that notes which module called with which shapes."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[nn.Module, tuple[int, int, int], bool, int | None]] = []
+        self.calls: list[tuple[nn.Module, tuple[int, int, int, int], bool, int | None]] = []
 
     def attend(
         self,
@@ -119,8 +152,26 @@ class _Recorder:
         causal = kwargs.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
         window = kwargs.get("sliding_window") or getattr(module, "sliding_window", None)
-        self.calls.append((module, (key.shape[1], key.shape[3], value.shape[3]), bool(causal), window))
+        self.calls.append((module, (query.shape[1], key.shape[1], key.shape[3], value.shape[3]), bool(causal), window))
         return inner(module, query, key, value, attention_mask, **kwargs)
+
+
+class _SelfOnly:
+    """An attention handler that lets every position see itself alone."""
+
+    def attend(
+        self,
+        inner: dispatch.AttentionFunction,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        hidden = ~torch.eye(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+        mask = torch.zeros_like(hidden, dtype=query.dtype).masked_fill(hidden, torch.finfo(query.dtype).min)
+        return inner(module, query, key, value, mask[None, None], **kwargs)
 
 
 def _probe(model: PreTrainedModel) -> ModelSpec:
@@ -135,39 +186,67 @@ def _probe(model: PreTrainedModel) -> ModelSpec:
     config = model.config.get_text_config(decoder=True)
     recorder = _Recorder()
     refusal = "encoder-decoder models are not supported yet" if model.config.is_encoder_decoder else None
-    if refusal is None:
-        dispatch.attach(model)
-        refusal = _record(model, recorder, weight.device)
-    layers = tuple(_layers(backbone(model), recorder))
+    with torch.no_grad(), evaluating(model):
+        refusal = refusal or _record(model, recorder, weight.device)
+        layers = tuple(_layers(backbone(model), recorder))
+        causal = bool(layers) and all(layer.causal for layer in layers)
+        runs_ahead = refusal is None and causal and _meets_in_attention_only(model, weight.device)
     if refusal is None and len({layer.name for layer in layers}) != len(layers):
         refusal = "one attention module serves several layers"
     return ModelSpec(
-        base=_identify(model),
+        base=_identify(model, layers),
         hidden_size=int(weight.shape[1]),
         vocab_size=int(weight.shape[0]),
         embedding_scale=_embedding_scale(embedding, weight),
         max_positions=getattr(config, "max_position_embeddings", None),
         learned_positions=_has_position_table(backbone(model)),
         layers=layers,
-        is_decoder=bool(layers) and all(layer.causal for layer in layers),
+        is_decoder=causal,
+        runs_ahead=runs_ahead,
         num_parameters=sum(p.numel() for p in model.parameters()),
         refusal=refusal,
     )
 
 
-@torch.no_grad()
-def _record(model: PreTrainedModel, recorder: _Recorder, device: torch.device) -> str | None:
-    """Run two tokens through the backbone; return why no attention call was seen, or None."""
-    ids = torch.zeros(1, 2, dtype=torch.long, device=device)
-    training = model.training
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode; each as it was afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _record(model: PreTrainedModel, recorder: _Recorder, device: torch.device) -> str | None:
+    """Run two tokens through the backbone; return why a prefix cannot enter, or None."""
+    dispatch.install()
+    ids = torch.zeros(1, 2, dtype=torch.long, device=device)
     try:
         backbone(model)(input_ids=ids, **{dispatch.KEYWORD: recorder})
     except TypeError as error:
         return f"its forward pass takes no further keywords ({error})"
-    finally:
-        model.train(training)
-    return None if recorder.calls else "its attention does not run through transformers' attention interface"
+    if not recorder.calls:
+        return "its attention does not run through transformers' attention interface"
+    if "position_ids" not in inspect.signature(backbone(model).forward).parameters:
+        return "its forward pass takes no position_ids, so its text cannot start behind a prefix"
+    return None
+
+
+def _meets_in_attention_only(model: PreTrainedModel, device: torch.device) -> bool:
+    """True if a position learns of the one before it through attention alone, and not through a convolution or a state.
+
+    Two inputs differ in their first token only. With every position attending to itself alone, the second position
+    must come out the same.
+    """
+    rows = torch.tensor([[1, 3], [2, 3]], device=device) % cast(Tensor, model.get_input_embeddings().weight).shape[0]
+    first, second = (
+        backbone(model)(input_ids=row[None], use_cache=False, **{dispatch.KEYWORD: _SelfOnly()})[0][0, 1].float()
+        for row in rows
+    )
+    return bool(torch.allclose(first, second, rtol=1e-3, atol=1e-3 * float(first.abs().max())))
 
 
 def _layers(base: nn.Module, recorder: _Recorder) -> list[AttentionLayer]:
@@ -202,13 +281,14 @@ def _embedding_scale(embedding: nn.Module, weight: Tensor) -> float:
     return float(embedding(ids).float().square().mean().sqrt())
 
 
-def _identify(model: PreTrainedModel) -> BaseModelId:
-    """Digest the shapes and a sample of the values of every backbone parameter.
+def _identify(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> BaseModelId:
+    """Digest the shapes and a sample of the values of every backbone parameter, its heads and its rotary base.
 
-    Values are compared in bfloat16, so that a checkpoint loaded in fp32, bf16 or fp16 is one base. A task head is
+    Values are compared in bfloat16, so that a checkpoint stored in fp32 or bf16 is one base in either. A task head is
     left out: a causal model and a classifier over the same backbone share a base.
     """
-    digest = hashlib.sha256()
+    heads = [(layer.heads, layer.kv_heads, layer.key_dim, layer.value_dim, layer.window) for layer in layers]
+    digest = hashlib.sha256(repr((heads, _rotary_bases(model))).encode())
     for name, parameter in sorted(backbone(model).named_parameters()):
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         digest.update(_sampled(parameter.detach()).tobytes())
@@ -216,6 +296,17 @@ def _identify(model: PreTrainedModel) -> BaseModelId:
     name = str(getattr(model.config, "_name_or_path", "") or "")
     name = Path(name).name if Path(name).is_dir() else name
     return BaseModelId(str(model.config.model_type), digest.hexdigest(), name)
+
+
+def _rotary_bases(model: PreTrainedModel) -> list[float]:
+    found: list[float] = []
+    stack = [getattr(model.config.get_text_config(decoder=True), "rope_parameters", None)]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, dict):
+            found += [float(item["rope_theta"])] if "rope_theta" in item else []
+            stack += item.values()
+    return sorted(found)
 
 
 def _sampled(parameter: Tensor) -> Any:

@@ -47,10 +47,11 @@ def compile_prefixes(model: PreTrainedModel, values: Sequence[VirtualTokens | Bl
     tokens = [value for value in values if isinstance(value, VirtualTokens)]
     blocks = [value for value in values if isinstance(value, BlockInputs)]
     assert not (tokens and blocks), "one kind of value at a time"
-    if tokens and not host.spec.is_decoder:
+    if tokens and not host.spec.runs_ahead:
+        why = "has more than attention between positions" if host.spec.is_decoder else "attends in both directions"
         raise UnsupportedModelError(
-            expected="a decoder, where virtual tokens in front do not depend on the text",
-            got=f"{host.spec.base.architecture}, which attends in both directions",
+            expected="a decoder whose positions meet in attention alone, so that virtual tokens can be run ahead",
+            got=f"{host.spec.base.architecture}, which {why}",
             do="keep the virtual tokens in the input: name the batch in prompts(model, rows, batch)",
         )
     lengths = [value.length for value in values]
@@ -113,6 +114,12 @@ class Frozen:
         host = Host.of(self.model)
         with _recorded_inputs(self.model, host.spec) as hidden:
             _run(self.model, host, [tokens], [tokens.length], _KeyValueRecorder())
+        if any(h.ndim != 3 for h in hidden):
+            raise UnsupportedModelError(
+                expected="blocks whose input is [rows, positions, hidden]",
+                got=f"{host.spec.base.architecture}, whose blocks take {tuple(hidden[0].shape)}",
+                do="use Prefix Tuning on this model",
+            )
         return BlockInputs(torch.stack([h[0] for h in hidden]).float().cpu())
 
 

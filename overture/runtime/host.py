@@ -1,16 +1,17 @@
-"""A frozen model prepared for prompts: `prompts(model, rows)` says which prompt stands before which row.
+"""A frozen model prepared for prompts: hooks that turn the rows set by `prompts` into what a forward pass understands.
 
 Shape suffixes: B rows, T text.
 """
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,9 +25,11 @@ from overture.prompt import KVPrefix, SoftPrompt, Value, VirtualTokens
 from overture.runtime.attention import PrefixAttention
 from overture.runtime.embedding import TokenRows
 from overture.runtime.rows import PrefixRows, repeats
-from overture.spec import ModelSpec, attention_modules
+from overture.spec import ModelSpec, attention_modules, backbone, unwrapped
 
 __all__ = ["Host", "Rows", "stands_in_text"]
+
+Owner = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,77 +47,76 @@ class Rows:
 def stands_in_text(spec: ModelSpec, prompt: SoftPrompt | Value | None) -> bool:
     """True if a prompt's virtual tokens take positions of the input (the embedding seam).
 
-    Leading virtual tokens of a decoder do not: they are run ahead of the text and enter as a `KVPrefix`.
+    Leading virtual tokens of most decoders do not: they are run ahead of the text and enter as a `KVPrefix`.
     """
     value = prompt.value if isinstance(prompt, SoftPrompt) else prompt
     if not isinstance(value, VirtualTokens):
         return False
     template = prompt.template if isinstance(prompt, SoftPrompt) else None
-    leading = template is None or template.leading
-    return not (leading and spec.is_decoder and spec.refusal is None)
+    return not (spec.runs_ahead and (template is None or template.leading))
 
 
 class Host:
-    """The seams of one model: installed once, idle and bit-exact until prompts are set."""
-
-    _hosts: ClassVar[WeakKeyDictionary[nn.Module, Host]] = WeakKeyDictionary()
+    """The seams of one model: hooked once, idle and bit-exact until prompts are set."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.spec = ModelSpec.of(model)
         self.compiled: WeakKeyDictionary[SoftPrompt, KVPrefix] = WeakKeyDictionary()
         modules = attention_modules(model, self.spec.layers) if self.spec.refusal is None else []
         self.layer_of = {id(module): index for index, module in enumerate(modules)}
-        self.arguments = list(inspect.signature(model.forward).parameters)
-        self.owner: int | None = None
+        self.arguments = list(inspect.signature(backbone(model).forward).parameters)
+        self.lock = threading.Lock()
+        self.owner: Owner | None = None
         self.rows: Rows | None = None
+        self.first_length: int | None = None
         self.window: TokenRows | None = None
-        model.register_forward_pre_hook(self._enter, with_kwargs=True)
-        model.register_forward_hook(self._leave, always_call=True)
-        model.get_input_embeddings().register_forward_hook(self._embed)
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> Host:
-        """The model's host, made at the first call. Also re-attaches if the attention implementation was changed."""
-        host = cls._hosts.get(model)
-        if host is None:
-            host = cls._hosts[model] = cls(model)
-        if host.spec.refusal is None:
-            dispatch.attach(model)
+    def of(cls, model: nn.Module) -> Host:
+        """The model's host, made anew when the model's weights have changed."""
+        inner = unwrapped(model)
+        base, embedding = backbone(inner), inner.get_input_embeddings()
+        host = _HOSTS.get(base)
+        if host is None or host.spec is not ModelSpec.of(inner):
+            host = _HOSTS[base] = _HOSTS[embedding] = cls(inner)
+            # Plain functions that look the host up: a pickled or copied model takes its hooks along.
+            if _before not in base._forward_pre_hooks.values():
+                base.register_forward_pre_hook(_before, with_kwargs=True)
+                base.register_forward_hook(_after, always_call=True)
+                embedding.register_forward_hook(_embedded)
         return host
 
     @contextmanager
     def using(self, rows: Rows | None) -> Iterator[None]:
-        """Set the rows for forward passes inside; contexts nest within one thread.
+        """Set the rows for forward passes inside; contexts nest within one thread or task.
 
         Raises:
-            ModelInUseError: another thread has prompts set on this model.
+            ModelInUseError: another thread or asyncio task has prompts set on this model.
         """
-        thread = threading.get_ident()
-        if self.owner not in (None, thread):
-            raise ModelInUseError(
-                expected="one thread at a time to set prompts on a model",
-                got="another thread inside prompts() on the same model",
-                do="put all rows into one batch, or give each thread its own model",
-            )
-        before = (self.owner, self.rows)
-        self.owner, self.rows = thread, rows
+        with self.lock:
+            self._require_owner()
+            before = (self.owner, self.rows, self.first_length)
+            self.owner, self.rows, self.first_length = _me(), rows, None
         try:
             yield
         finally:
-            self.owner, self.rows = before
+            self.owner, self.rows, self.first_length = before
 
     def check(self, value: Value) -> None:
         """Raise `BaseMismatchError` unless the value has this model's shape."""
         got: list[Any]
         wanted: list[Any]
         if isinstance(value, VirtualTokens):
-            got, wanted = [value.embeddings.shape[1]], [self.spec.hidden_size]
+            got, wanted = list(value.embeddings.shape[1:]), [self.spec.hidden_size]
             what = "virtual tokens of the model's hidden size"
         else:
             self.spec.require_prefix()
-            got = [(k.shape[0], k.shape[2], v.shape[2]) for k, v in zip(value.keys, value.values, strict=True)]
-            wanted = [(layer.kv_heads, layer.key_dim, layer.value_dim) for layer in self.spec.layers]
-            what = "keys and values of the model's layers, heads and sizes"
+            got = [_shape(k, v) for k, v in zip(value.keys, value.values, strict=False)]
+            length = value.length
+            wanted = [(s.kv_heads, length, s.key_dim, length, s.value_dim) for s in self.spec.layers]
+            what = "keys and values of the model's layers, heads and sizes (heads, P, key size, P, value size)"
+            if len(value.keys) != len(value.values):
+                got.append("layers without a partner")
         if got != wanted:
             raise BaseMismatchError(
                 expected=f"{what}: {_brief(wanted)}",
@@ -122,49 +124,86 @@ class Host:
                 do=f"use a prompt tuned for this {self.spec.base.architecture} model",
             )
 
-    def _enter(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Before a forward pass: turn the rows into keywords, which survive recomputation."""
+    def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Before a forward pass of the backbone: turn the rows into keywords, which survive recomputation."""
         rows = self.rows
         if rows is None or (rows.prefixes is None and rows.tokens is None):
             return None
+        self._require_owner()
         kwargs = dict(zip(self.arguments, args, strict=False)) | kwargs
         ids = kwargs.get("input_ids")
         batch, length = (kwargs["inputs_embeds"] if ids is None else ids).shape[:2]
-        times = repeats(batch, rows.count)
-        if times is None:
-            raise ConfigError(
-                expected=f"a batch of {rows.count} rows, one per prompt (or a multiple, as beams make it)",
-                got=f"a batch of {batch}",
-                do="name one prompt (or None) for every row",
-            )
         past = kwargs.get("past_key_values")
         start = int(past.get_seq_length()) if past is not None else 0
+        times = self._times(rows, ids if start == 0 else None, batch)
         if rows.tokens is not None:
             self.window = rows.tokens.window(start, length, times)
         if rows.prefixes is not None:
             prefixes = rows.prefixes.repeated(times)
-            self._check_room(prefixes.longest + start + length)
-            if "position_ids" in self.arguments:
-                kwargs["position_ids"] = _positions(kwargs, length, start, prefixes.lengths)
+            kwargs["position_ids"] = _positions(kwargs, length, start, prefixes.lengths)
+            self._check_room(kwargs["position_ids"])
             kwargs[dispatch.KEYWORD] = PrefixAttention(prefixes, self.layer_of)
         return (), kwargs
 
-    def _leave(self, model: nn.Module, args: Any, output: Any) -> None:
-        self.window = None
+    def _times(self, rows: Rows, ids: Tensor | None, batch: int) -> int:
+        """How often each row stands in the batch: once, or as often as `generate` repeats it."""
+        times = repeats(batch, rows.count)
+        if times is not None and times > 1 and rows.count > 1 and ids is not None:
+            # Beams repeat a row's text with it. Later passes without a cache have grown, each in its own way.
+            self.first_length = min(ids.shape[1], self.first_length or ids.shape[1])
+            groups = ids[:, : self.first_length].unflatten(0, (rows.count, times))
+            times = times if bool((groups == groups[:, :1]).all()) else None
+        if times is None:
+            raise ConfigError(
+                expected=f"a batch of {rows.count} rows, one per prompt",
+                got=f"a batch of {batch}",
+                do="name one prompt (or None) for every row",
+            )
+        return times
 
-    def _embed(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        return None if self.window is None else self.window.write(output)
+    def _require_owner(self) -> None:
+        if self.owner not in (None, _me()):
+            raise ModelInUseError(
+                expected="one thread or task at a time to use a model with prompts",
+                got="another one inside prompts() on the same model",
+                do="enter prompts() in the thread that runs the model, and put all rows into one batch",
+            )
 
-    def _check_room(self, positions: int) -> None:
+    def _check_room(self, positions: Tensor) -> None:
         limit = self.spec.max_positions
-        if self.spec.learned_positions and limit is not None and positions > limit:
+        if self.spec.learned_positions and limit is not None and int(positions.max()) >= limit:
             raise ContextLengthError(
                 expected=f"virtual tokens and text within the model's {limit} positions",
-                got=f"{positions} positions",
+                got=f"{int(positions.max()) + 1} positions",
                 do="shorten the text or use a prompt with fewer virtual tokens",
             )
+
+
+_HOSTS: WeakKeyDictionary[nn.Module, Host] = WeakKeyDictionary()
+
+
+def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    host = _HOSTS.get(module)
+    return None if host is None else host.before(args, kwargs)
+
+
+def _after(module: nn.Module, args: Any, output: Any) -> None:
+    host = _HOSTS.get(module)
+    if host is not None:
+        host.window = None
+
+
+def _embedded(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+    host = _HOSTS.get(module)
+    return None if host is None or host.window is None else host.window.write(output)
+
+
+def _me() -> Owner:
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # no event loop runs in this thread
+        task = None
+    return threading.get_ident(), id(task)
 
 
 def _positions(kwargs: Mapping[str, Any], length: int, start: int, offsets: Int[Tensor, " B"]) -> Int[Tensor, "... T"]:
@@ -177,6 +216,10 @@ def _positions(kwargs: Mapping[str, Any], length: int, start: int, offsets: Int[
         else:
             positions = torch.arange(start, start + length, device=offsets.device)[None]
     return positions + offsets.to(positions.device)[:, None]
+
+
+def _shape(key: Tensor, value: Tensor) -> tuple[int, ...]:
+    return (*key.shape, *value.shape[1:])
 
 
 def _brief(shapes: Sequence[Any]) -> str:

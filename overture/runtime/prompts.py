@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from overture.dispatch import require_masks
@@ -16,7 +17,7 @@ from overture.runtime.embedding import TokenRows
 from overture.runtime.encode import Encoded
 from overture.runtime.host import Host, Rows, stands_in_text
 from overture.runtime.rows import PrefixRows
-from overture.spec import ModelSpec
+from overture.spec import ModelSpec, evaluating, unwrapped
 
 __all__ = ["RowPrompt", "prompts"]
 
@@ -25,16 +26,14 @@ RowPrompt = SoftPrompt | VirtualTokens | KVPrefix | BlockInputs | None
 
 
 @contextmanager
-def prompts(
-    model: PreTrainedModel, rows: RowPrompt | Sequence[RowPrompt], batch: Encoded | None = None
-) -> Iterator[None]:
+def prompts(model: nn.Module, rows: RowPrompt | Sequence[RowPrompt], batch: Encoded | None = None) -> Iterator[None]:
     """Put prompts before the rows of every batch that `model` sees inside the context.
 
     Works with the model's own forward pass and with `generate` in all its forms: beams and `num_return_sequences`
     repeat a row together with its prompt.
 
     Args:
-        model: a transformers model; its weights are not touched.
+        model: a transformers model, or one that PEFT wraps; its weights are not touched.
         rows: one prompt for all rows, or a sequence with one entry per row. `None` is the frozen model.
         batch: the encoded batch, needed if a prompt's virtual tokens stand inside the text (see `encode`).
 
@@ -44,10 +43,13 @@ def prompts(
         ConfigError: a prompt stands inside the text, but the batch has no places for it.
         ModelInUseError: another thread has prompts set on this model.
     """
+    model = unwrapped(model)
     host = Host.of(model)
-    listed = list(rows) if isinstance(rows, Sequence) else [rows]
+    listed = list(rows) if isinstance(rows, Sequence) and not isinstance(rows, str) else [rows]
     for row in listed:
         _check(host, row)
+    if batch is not None and len(listed) == 1:
+        listed *= len(batch.input_ids)
     tokens = [_tokens(row) if placed else None for row, placed in zip(listed, _placed(listed, batch), strict=True)]
     ahead = [row if token is None else None for row, token in zip(listed, tokens, strict=True)]
     _check_places(host.spec, ahead, tokens, batch)
@@ -83,13 +85,22 @@ def _check(host: Host, row: RowPrompt) -> None:
         host.check(row.value)
     elif isinstance(row, VirtualTokens | KVPrefix):
         host.check(row)
+    elif row is not None and not isinstance(row, BlockInputs):
+        raise ConfigError(
+            expected="a SoftPrompt, VirtualTokens, a KVPrefix or None for every row",
+            got=type(row).__name__,
+            do="load files with SoftPrompt.load(path), and take .prompt of what tune returns",
+        )
 
 
 def _as_prefixes(model: PreTrainedModel, host: Host, rows: Sequence[RowPrompt]) -> list[KVPrefix | None]:
     """Every row as a prefix. Each distinct object is compiled once, and a saved prompt once per model."""
     saved = {id(row): row for row in rows if isinstance(row, SoftPrompt)}
     new = {key: row.value for key, row in saved.items() if row not in host.compiled}
-    with torch.no_grad():
+    for key in new:
+        saved[key].check_finite()
+    # Kept for every later use, so free of what happens to hold now: dropout, autocast, gradient.
+    with torch.no_grad(), evaluating(model), torch.autocast(model.device.type, enabled=False):
         for key, prefix in _compiled(model, new).items():
             host.compiled[saved[key]] = prefix.map(torch.Tensor.detach)
     bare = {id(row): row for row in rows if row is not None and not isinstance(row, SoftPrompt)}

@@ -27,7 +27,7 @@ class PrefixRows:
     values: tuple[Float[Tensor, "U _K P _E"], ...]
     """Per layer."""
     choice: Int[Tensor, " B"]
-    """Index of each row's prefix; 0 for a row without one."""
+    """Index of each row's prefix; that of an empty one for a row without."""
     lengths: Int[Tensor, " B"]
     """Length of each row's prefix; 0 for a row without one."""
     uniform: bool
@@ -40,11 +40,15 @@ class PrefixRows:
         if not distinct:
             return None
         place = {id(prefix): i for i, prefix in enumerate(distinct)}
+        nothing = len(distinct)
+        if any(row is None for row in rows):
+            # A prefix of its own: whatever stands in another row's prefix, NaN too, must not reach a row without one.
+            distinct.append(distinct[0].map(lambda t: t[:, :0]))
         lengths = [0 if row is None else row.length for row in rows]
         return cls(
             keys=tuple(map(_stack, zip(*(prefix.keys for prefix in distinct), strict=True))),
             values=tuple(map(_stack, zip(*(prefix.values for prefix in distinct), strict=True))),
-            choice=torch.tensor([0 if row is None else place[id(row)] for row in rows], device=device),
+            choice=torch.tensor([nothing if row is None else place[id(row)] for row in rows], device=device),
             lengths=torch.tensor(lengths, device=device),
             uniform=len(set(lengths)) == 1,
         )
