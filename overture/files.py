@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 from contextlib import suppress
 from pathlib import Path
 
 from overture.errors import OvertureError
 
-__all__ = ["write_atomically"]
+__all__ = ["remove_leftovers", "write_atomically"]
+
+_TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp")
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
@@ -36,6 +39,14 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
         _sync_folder(target.parent)
     except (OSError, ValueError) as error:
         raise _explained(target, error) from None
+
+
+def remove_leftovers(folder: str | os.PathLike[str]) -> None:
+    """Delete what killed calls of `write_atomically` left in a folder that nobody else is writing to."""
+    for path in Path(folder).iterdir():
+        if _TEMPORARY.fullmatch(path.name) and path.is_file():
+            with suppress(OSError):
+                path.unlink()
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -17,7 +17,7 @@ __all__ = ["settings_of", "summary_of", "versions"]
 
 
 def summary_of(
-    result: TuneResult, *, file: str = "", exact_match: tuple[float, float] | None = None, method: str | None = None
+    result: TuneResult, *, file: str = "", score: tuple[float, float] | None = None, method: str | None = None
 ) -> PromptSummary:
     """One row of the report's table, with its curves."""
     return PromptSummary(
@@ -32,7 +32,7 @@ def summary_of(
         seconds=result.seconds,
         train_curve=tuple(result.train_curve),
         dev_curve=tuple(result.dev_curve),
-        exact_match=exact_match,
+        score=score,
         file=file,
     )
 

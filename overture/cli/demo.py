@@ -65,7 +65,7 @@ def demo(
         samples, rows = _demo.answers(base, tokenizer, plan, prompts, size)
     _say(ui, *_answers(ui, samples, rows))
     with ui.busy("Checking held-out orders"):
-        matches = _demo.exact_matches(base, tokenizer, plan, prompts)
+        matches = _demo.fields_right(base, tokenizer, plan, prompts)
     _say(ui, _matches(ui, plan, matches))
     report = out / "report.html"
     _write(report, model, plan, list(tuned.values()), matches, samples, rows, config)
@@ -144,7 +144,7 @@ def _matches(ui: Ui, plan: Plan, matches: Mapping[str, float]) -> Any:
     from rich.text import Text
 
     table = ui.table(
-        "prompt", "tickets exactly right", title=f"The task on {len(plan.dev[plan.tasks[0]])} held-out orders:"
+        "prompt", "fields of the tickets right", title=f"The task on {len(plan.dev[plan.tasks[0]])} held-out orders:"
     )
     for name, share in matches.items():
         bar = Text("█" * round(24 * share), style="green") + Text(f" {100 * share:.0f} %")
@@ -171,12 +171,13 @@ def _write(
             result,
             file=f"{result.name}.safetensors",
             method=plan.words[result.name],
-            exact_match=(frozen, matches[result.name]) if result.name in matches else None,
+            score=(frozen, matches[result.name]) if result.name in matches else None,
         )
         for result in results
     ]
     page = Report(
         title=f"{len(results)} soft prompts on one frozen model",
+        score_name="fields right",
         summary=f"{len(plan.users)} users, and one task by {len(plan.tasks)} methods, tuned together on {model} in "
         f"{results[0].seconds:.0f} seconds. All {rows} answers below come from one mixed batch. "
         "The base model did not change.",
@@ -233,12 +234,12 @@ def _document(
                 "base_parameters": result.base_parameters,
                 "loss_before": result.frozen_loss,
                 "loss_after": result.loss,
-                "exact_match": matches.get(name),
+                "fields_right": matches.get(name),
             }
             for name, result in tuned.items()
         ],
         "seconds": next(iter(tuned.values())).seconds,
-        "frozen_exact_match": matches["frozen model"],
+        "frozen_fields_right": matches["frozen model"],
         "rows_in_one_batch": rows,
         "samples": [asdict(sample) for sample in samples],
         "report": str(report),

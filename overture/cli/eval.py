@@ -32,9 +32,17 @@ def evaluate(
     named = [name for name in prompt or () if name != FROZEN]
     session = load_session(ui, model, [FROZEN, *named] if frozen or not named else named)
     rows: list[dict[str, Any]] = []
+    # The frozen model reads the same rows, so it needs to know how a prompt reads them.
+    template = next((p.template for p in session.prompts.values() if p is not None), None)
     for name in ui.track(list(session.prompts), f"Evaluating on {data.name}"):
+        chosen = session.prompts[name]
         result = evaluation.evaluate(
-            session.model, session.tokenizer, session.prompts[name], data, exact_match=exact_match
+            session.model,
+            session.tokenizer,
+            chosen,
+            data,
+            template=template if chosen is None else None,
+            exact_match=exact_match,
         )
         rows.append(
             {

@@ -74,11 +74,18 @@ class Method(ABC):
     """Start: `"random"` at the model's own scale, `"vocabulary"` (sampled from its 5,000 first tokens), or words."""
 
     def __post_init__(self) -> None:
-        if self.num_virtual_tokens is not None and self.num_virtual_tokens < 1:
-            raise ConfigError(
-                expected="num_virtual_tokens of 1 or more",
-                got=str(self.num_virtual_tokens),
+        if self.num_virtual_tokens is not None:
+            check_count(
+                "num_virtual_tokens",
+                self.num_virtual_tokens,
                 do="choose 10 to 50 for Prefix Tuning, 20 to 100 for Prompt Tuning",
+            )
+        labels = self.init if isinstance(self.init, tuple) else (self.init,)
+        if not labels or not all(isinstance(label, str) for label in labels):
+            raise ConfigError(
+                expected="init to be text or a tuple of texts",
+                got=repr(self.init),
+                do="use 'random', 'vocabulary', words, or a tuple of class labels",
             )
 
     @property
@@ -110,10 +117,17 @@ class seeded:
 
     def __enter__(self) -> None:
         self.fork.__enter__()
-        torch.random.manual_seed(self.seed)
+        # Not torch.manual_seed, which seeds the generators of every GPU as well.
+        torch.default_generator.manual_seed(self.seed)
 
     def __exit__(self, *exc: object) -> None:
         self.fork.__exit__(None, None, None)
+
+
+def check_count(option: str, value: object, *, least: int = 1, do: str) -> None:
+    """Raise `ConfigError` unless `value` is an integer of `least` or more."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(expected=f"{option} of {least} or more", got=repr(value), do=do)
 
 
 def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:

@@ -12,8 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
-from overture.errors import ConfigError
-from overture.methods.base import FrozenModel, Method, PromptModule, seeded
+from overture.methods.base import FrozenModel, Method, PromptModule, check_count, seeded
 from overture.methods.init import prompt_length, random_like, reference_tokens, start_tokens
 from overture.methods.offsets import FreeOffset, MLPOffset, Offset
 from overture.prompt import BlockInputs
@@ -34,12 +33,7 @@ class DeepPrompt(Method):
 
     def __post_init__(self) -> None:
         Method.__post_init__(self)
-        if self.reparameterization_hidden < 1:
-            raise ConfigError(
-                expected="reparameterization_hidden of 1 or more",
-                got=str(self.reparameterization_hidden),
-                do="use the default, 512",
-            )
+        check_count("reparameterization_hidden", self.reparameterization_hidden, do="use the default, 512")
 
     @property
     def learning_rate(self) -> float:

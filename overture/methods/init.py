@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Generator, Tensor
 
-from overture.errors import ConfigError
+from overture.errors import ConfigError, ContextLengthError
 from overture.methods.base import FrozenModel, Init
 from overture.prompt import VirtualTokens
 
@@ -14,15 +14,30 @@ __all__ = ["prompt_length", "random_like", "start_embeddings", "start_tokens"]
 
 _FREQUENT = 5_000
 _SCALE_TOKENS = 64
+# Where a config names no longest input, something must still stop a mistyped number.
+_NO_LIMIT = 2**20
 
 
 def prompt_length(init: Init, asked: int | None, frozen: FrozenModel, usual: int) -> int:
-    """The number of virtual tokens P: what was asked, or as many as the words have, or the usual."""
+    """The number of virtual tokens P: what was asked, or as many as the words have, or the usual.
+
+    Raises:
+        ContextLengthError: they leave no room for two tokens of text; found before anything is allocated.
+    """
     if asked is not None:
-        return asked
-    if isinstance(init, str) and init not in ("random", "vocabulary"):
-        return len(_word_ids(init, frozen))
-    return max(usual, len(init)) if isinstance(init, tuple) else usual
+        length = asked
+    elif isinstance(init, str) and init not in ("random", "vocabulary"):
+        length = len(_word_ids(init, frozen))
+    else:
+        length = max(usual, len(init)) if isinstance(init, tuple) else usual
+    context = frozen.spec.max_positions or _NO_LIMIT
+    if length + 2 > context:
+        raise ContextLengthError(
+            expected=f"virtual tokens that leave room for text in a context of {context} tokens",
+            got=f"{length} virtual tokens",
+            do="use fewer virtual tokens (10 to 50 are usual)",
+        )
+    return length
 
 
 def start_tokens(init: Init, length: int, frozen: FrozenModel, generator: Generator) -> VirtualTokens | None:
@@ -72,6 +87,12 @@ def _word_ids(text: str, frozen: FrozenModel) -> Int[Tensor, " N"]:
             expected="words to initialise from",
             got=f"{text!r}, which has no tokens",
             do="give some words, 'random' or 'vocabulary'",
+        )
+    if int(ids.max()) >= frozen.spec.vocab_size:
+        raise ConfigError(
+            expected=f"token ids below {frozen.spec.vocab_size}, the rows of the model's embedding",
+            got=f"{int(ids.max())} in {text!r}",
+            do="pass the model's own tokenizer",
         )
     return ids
 

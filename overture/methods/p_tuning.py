@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Generator, nn
 
 from overture.errors import ConfigError
-from overture.methods.base import FrozenModel, Method, check_choice, seeded
+from overture.methods.base import FrozenModel, Method, check_choice, check_count, seeded
 from overture.methods.init import prompt_length, start_embeddings
 from overture.methods.offsets import FreeOffset, LSTMOffset, MLPOffset, Offset
 from overture.methods.prompt_tuning import TokensModule
@@ -28,11 +28,18 @@ class PTuning(Method):
     encoder: str = "lstm"
     """`"lstm"` (the original: bidirectional LSTM and MLP), `"mlp"`, or `"none"` (free virtual tokens)."""
     encoder_hidden: int | None = None
-    """Width of the encoder; None for the model's hidden size."""
+    """Width of the encoder, 2 or more; None for the model's hidden size."""
 
     def __post_init__(self) -> None:
         Method.__post_init__(self)
         check_choice("encoder", self.encoder, ("lstm", "mlp", "none"))
+        if self.encoder_hidden is not None:
+            check_count("encoder_hidden", self.encoder_hidden, least=2, do="leave it out for the model's hidden size")
+        source: object = self.template
+        if not isinstance(source, str | None):
+            raise ConfigError(
+                expected="a template to be text", got=repr(source), do="write one such as '[V8] {text} [V8]'"
+            )
         template = self.template_
         if template and self.num_virtual_tokens not in (None, template.num_virtual_tokens):
             raise ConfigError(

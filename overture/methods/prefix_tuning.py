@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
 from overture.errors import ConfigError
-from overture.methods.base import FrozenModel, Method, PromptModule, seeded
+from overture.methods.base import FrozenModel, Method, PromptModule, check_count, seeded
 from overture.methods.init import prompt_length, random_like, reference_tokens, start_tokens
 from overture.methods.offsets import FreeOffset, MLPOffset, Offset
 from overture.prompt import KVPrefix
@@ -38,12 +38,10 @@ class PrefixTuning(Method):
 
     def __post_init__(self) -> None:
         Method.__post_init__(self)
-        if not 0 <= self.dropout < 1 or self.reparameterization_hidden < 1:
-            raise ConfigError(
-                expected="dropout in [0, 1) and reparameterization_hidden of 1 or more",
-                got=f"dropout={self.dropout}, reparameterization_hidden={self.reparameterization_hidden}",
-                do="use the defaults, dropout=0.0 and reparameterization_hidden=512",
-            )
+        check_count("reparameterization_hidden", self.reparameterization_hidden, do="use the default, 512")
+        dropout: object = self.dropout
+        if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+            raise ConfigError(expected="dropout in [0, 1)", got=repr(dropout), do="use the default, 0.0")
 
     @property
     def learning_rate(self) -> float:

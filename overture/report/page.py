@@ -42,8 +42,8 @@ class PromptSummary:
     """(step, training loss)."""
     dev_curve: Curve = ()
     """(step, dev loss)."""
-    exact_match: tuple[float, float] | None = None
-    """Share of held-out answers that are right, 0 to 1: frozen model, with the prompt."""
+    score: tuple[float, float] | None = None
+    """Share of held-out answers that are right, 0 to 1: frozen model, with the prompt (see `Report.score_name`)."""
     file: str = ""
     """Where the prompt was written."""
 
@@ -91,6 +91,8 @@ class Report:
     """Options of the run."""
     versions: Mapping[str, object] = field(default_factory=dict)
     """Versions of what ran it."""
+    score_name: str = "exact match"
+    """What the prompts' scores count."""
 
 
 def render(report: Report) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from overture.errors import ConfigError, ContextLengthError
+from overture.errors import ConfigError, ContextLengthError, DataError, UnsupportedModelError
 from overture.prompt import SoftPrompt
 from overture.runtime.encode import Encoded, Item, encode
 from overture.runtime.host import stands_in_text
@@ -18,7 +18,7 @@ from overture.runtime.prompts import prompts as using_prompts
 from overture.runtime.tokens import filler_id
 from overture.spec import ModelSpec
 
-__all__ = ["generate", "generate_ids"]
+__all__ = ["foreign_id", "generate", "generate_ids"]
 
 _DEFAULT_NEW_TOKENS = 64
 
@@ -40,17 +40,21 @@ def generate(
         prompts: one prompt per input, or one for all; None is the frozen model.
         inputs: texts, message lists, or mappings with the columns of the prompt's template.
         streamer: a transformers streamer, for a single input.
-        **options: anything `model.generate` takes: `max_new_tokens` (64 if not given), `do_sample`, `num_beams`, ...
+        **options: anything `model.generate` takes: `max_new_tokens`, `do_sample`, `num_beams`, ... Without
+            `max_new_tokens`, `max_length` and `generation_config`, 64 new tokens. However many are asked for, no more
+            are generated than fit in the model's context beside the virtual tokens and the longest input.
 
     Returns:
         The new text of each input; with `num_return_sequences=n`, n texts for the first input, then n for the next.
 
     Raises:
         ConfigError: not one prompt per input.
-        DataError: an input cannot be encoded.
-        ContextLengthError: an input is longer than the model's context.
+        DataError: an input cannot be encoded, or has a token that the model lacks.
+        ContextLengthError: virtual tokens and an input fill the model's context.
+        UnsupportedModelError: the model cannot generate, or is an encoder-decoder.
         BaseMismatchError: a prompt belongs to another base model.
     """
+    _require_generation(model)
     rows = list(prompts) if isinstance(prompts, Sequence) else [prompts] * len(inputs)
     if len(rows) != len(inputs):
         raise ConfigError(
@@ -58,6 +62,8 @@ def generate(
             got=f"{len(rows)} prompts",
             do="repeat prompts or inputs so that they pair up",
         )
+    if not inputs:
+        return []
     batch = encode(tokenizer, inputs, rows, spec=ModelSpec.of(model))
     new = generate_ids(model, rows, batch, filler=filler_id(tokenizer), streamer=streamer, **options)
     return tokenizer.batch_decode(new, skip_special_tokens=True)
@@ -85,23 +91,60 @@ def generate_ids(
         [B, T] new tokens, without the input.
     """
     batch = batch.to(model.device)
-    _check_room(model, rows, batch)
-    options.setdefault("max_new_tokens", _DEFAULT_NEW_TOKENS)
-    options = {"pad_token_id": filler} | {name: value for name, value in options.items() if value is not None}
+    spec = ModelSpec.of(model)
+    highest = int(batch.input_ids.max())
+    if highest >= spec.vocab_size:
+        raise foreign_id(highest, spec.vocab_size)
+    options = {name: value for name, value in options.items() if value is not None}
+    options |= _lengths(options, _room(spec, rows, batch), batch.input_ids.shape[1])
+    options = {"pad_token_id": filler} | options
     with using_prompts(model, rows, batch):
-        ids: Tensor = cast(Any, model).generate(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, **options
-        )
+        out = cast(Any, model).generate(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **options)
+    ids: Tensor = out if isinstance(out, Tensor) else out.sequences
     return ids[:, batch.input_ids.shape[1] :]
 
 
-def _check_room(model: PreTrainedModel, rows: Sequence[SoftPrompt | None], batch: Encoded) -> None:
-    spec = ModelSpec.of(model)
+def foreign_id(found: int, vocab_size: int) -> DataError:
+    """The error for a token id that the model has no embedding for."""
+    return DataError(
+        expected=f"token ids below {vocab_size}, the rows of the model's embedding",
+        got=f"the id {found}",
+        do="pass the model's own tokenizer, or call model.resize_token_embeddings(len(tokenizer)) for new tokens",
+    )
+
+
+def _require_generation(model: PreTrainedModel) -> None:
+    if model.config.is_encoder_decoder or not model.can_generate():
+        raise UnsupportedModelError(
+            expected="a causal language model that can generate",
+            got=f"{type(model).__name__}{', an encoder-decoder' if model.config.is_encoder_decoder else ''}",
+            do="load the model with AutoModelForCausalLM.from_pretrained(...)",
+        )
+
+
+def _room(spec: ModelSpec, rows: Sequence[SoftPrompt | None], batch: Encoded) -> int | None:
+    """New tokens that fit behind the longest row; None if there is no limit."""
+    if spec.max_positions is None:
+        return None
     ahead = [0 if row is None or stands_in_text(spec, row) else row.length for row in rows]
     longest = max(p + t for p, t in zip(ahead, batch.attention_mask.sum(1).tolist(), strict=True))
-    if spec.max_positions is not None and longest >= spec.max_positions:
+    if longest >= spec.max_positions:
         raise ContextLengthError(
             expected=f"virtual tokens and input within the model's {spec.max_positions} positions, with room to answer",
             got=f"{longest} positions",
             do="shorten the input or use a prompt with fewer virtual tokens",
         )
+    return int(spec.max_positions - longest)
+
+
+def _lengths(options: Mapping[str, Any], room: int | None, width: int) -> dict[str, int]:
+    """How long to generate: what was asked for, by the option that asked for it, or as much of it as fits."""
+    asked = options
+    if "max_new_tokens" not in options and "max_length" not in options:
+        config = options.get("generation_config")
+        asked = {"max_new_tokens": _DEFAULT_NEW_TOKENS} if config is None else vars(config)
+    for name, extra in (("max_new_tokens", 0), ("max_length", width)):
+        value = asked.get(name)
+        if value is not None:
+            return {name: value if room is None else min(value, room + extra)}
+    return {}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 
@@ -13,11 +14,11 @@ import torch
 from torch import Generator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from overture.errors import ConfigError, ContextLengthError, DivergedError, PromptFileError
+from overture.errors import ConfigError, DataError, DivergedError, PromptFileError
+from overture.files import remove_leftovers
 from overture.methods import Method, Prepared
-from overture.prompt import BaseModelId, BlockInputs, SoftPrompt, Value, VirtualTokens
+from overture.prompt import BaseModelId, BlockInputs, SoftPrompt, Value
 from overture.runtime.compile import Frozen, compile_prefixes
-from overture.runtime.host import stands_in_text
 from overture.runtime.tokens import filler_id
 from overture.spec import ModelSpec
 from overture.tuning.cohort import Cohort, mean_losses
@@ -25,8 +26,8 @@ from overture.tuning.config import TuneConfig
 from overture.tuning.data import Row, Source, load_rows
 from overture.tuning.events import Event, Listener
 from overture.tuning.example import Example
-from overture.tuning.examples import encode_rows
 from overture.tuning.forward import frozen
+from overture.tuning.prepare import encode_for, require_causal
 from overture.tuning.results import CohortResult, TuneResult
 from overture.tuning.trainee import Trainee
 
@@ -69,7 +70,7 @@ def tune(
     Raises:
         DataError: the data cannot be read or used.
         ConfigError: an option is out of range.
-        UnsupportedModelError: the model cannot take this kind of prompt.
+        UnsupportedModelError: the model is no causal language model, or cannot take this kind of prompt.
         ContextLengthError: the virtual tokens leave no room for text.
         DivergedError: the loss was not finite.
         CheckpointError: the checkpoint is damaged or of another run.
@@ -127,11 +128,11 @@ def tune_many(
     config = config or TuneConfig()
     if not data:
         raise ConfigError(expected="data for at least one prompt", got="none", do="pass {'name': rows}")
-    methods = {name: method[name] if isinstance(method, Mapping) else method for name in data}
-    trainees = [
-        _trainee(model, tokenizer, name, methods[name], source, (dev or {}).get(name), config)
-        for name, source in data.items()
-    ]
+    methods = _methods(method, data, dev or {})
+    trainees = []
+    for name, source in data.items():
+        with _named(name, len(data)):
+            trainees.append(_trainee(model, tokenizer, name, methods[name], source, (dev or {}).get(name), config))
     cohort = Cohort(
         model,
         trainees,
@@ -173,7 +174,7 @@ def _trainee(
     dev: Source | None,
     config: TuneConfig,
 ) -> Trainee:
-    spec = ModelSpec.of(model)
+    spec = require_causal(model)
     rows = load_rows(data)
     dev_rows: Sequence[Row]
     if dev is not None:
@@ -185,36 +186,60 @@ def _trainee(
     module.to(model.device)
     with torch.no_grad():
         value = module()
-    inline = isinstance(value, VirtualTokens) and stands_in_text(spec, value)
-    limit = _room(spec, config, value.length)
 
     def encoded(some: Sequence[Row]) -> list[Example]:
-        # Virtual tokens of a template count among an example's own tokens, leading ones do not.
-        fixed = method.template_ is not None and not method.template_.leading
-        examples = encode_rows(
-            some,
+        return encode_for(
+            spec,
             tokenizer,
-            template=method.template_,
-            max_tokens=limit + (value.length if fixed else 0),
+            value,
+            method.template_,
+            some,
+            max_length=config.max_length,
             truncate=config.truncate,
-        )
-        return (
-            [e.with_leading(value.length, filler_id(tokenizer)) for e in examples] if inline and not fixed else examples
         )
 
     return Trainee(name, method, module, encoded(rows), encoded(dev_rows) if dev_rows else [], config)
 
 
-def _room(spec: ModelSpec, config: TuneConfig, length: int) -> int:
-    """Tokens left for text beside the virtual tokens."""
-    context = min(config.max_length or 2**31, spec.max_positions or 2**31)
-    if context - length < 2:
-        raise ContextLengthError(
-            expected=f"virtual tokens that leave room for text in a context of {context} tokens",
-            got=f"{length} virtual tokens",
-            do="use fewer virtual tokens (10 to 50 are usual) or a larger max_length",
+def _methods(
+    method: Method | Mapping[str, Method], data: Mapping[str, Source], dev: Mapping[str, Source]
+) -> dict[str, Method]:
+    """The method of every prompt, once all names are known to pair up."""
+    named = method if isinstance(method, Mapping) else dict.fromkeys(data, method)
+    for what, missing in (
+        ("a method for every prompt", [name for name in data if name not in named]),
+        ("data for every prompt that has dev rows", [name for name in dev if name not in data]),
+    ):
+        if missing:
+            raise ConfigError(
+                expected=what,
+                got=f"none for {', '.join(map(repr, missing))}",
+                do=f"name the same prompts everywhere; the data names {', '.join(map(repr, data))}",
+            )
+    for name in data:
+        check_method(name, named[name])
+    return {name: named[name] for name in data}
+
+
+@contextmanager
+def _named(name: str, prompts: int) -> Iterator[None]:
+    """Let an error about data say whose data it is, where there are several prompts."""
+    try:
+        yield
+    except DataError as error:
+        if prompts == 1:
+            raise
+        raise DataError(expected=error.expected, got=f"{error.got} (prompt {name!r})", do=error.do) from error
+
+
+def check_method(name: str, method: object) -> None:
+    """Raise `ConfigError` unless `method` is a `Method`."""
+    if not isinstance(method, Method):
+        raise ConfigError(
+            expected=f"a method for {name!r}, such as ov.PrefixTuning(num_virtual_tokens=16)",
+            got=repr(method),
+            do="pass ov.PrefixTuning(), ov.PromptTuning(), ov.PTuning() or ov.DeepPrompt()",
         )
-    return context - length
 
 
 def _split(rows: list[Row], config: TuneConfig) -> tuple[list[Row], list[Row]]:
@@ -281,6 +306,7 @@ def _checkpoint_path(run_dir: str | PathLike[str] | None, resume: bool) -> Path 
             got=f"{path}, the checkpoint of an earlier run",
             do="resume it (resume=True, --resume), or choose another run folder",
         )
+    remove_leftovers(folder)
     return path
 
 

@@ -32,6 +32,7 @@ def save_checkpoint(
         tensors |= {f"{number}/{name}": tensor.cpu().contiguous() for name, tensor in own.items()}
     state = {
         "identity": identity,
+        "tensors": sorted(tensors),
         "trainees": plain,
         "failures": {name: [e.expected, e.got, e.do] for name, e in failures.items()},
     }
@@ -52,26 +53,40 @@ def load_checkpoint(path: Path, identity: str, trainees: Sequence[Trainee]) -> d
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         state = _decoded(json.loads(metadata["state"]))
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise CheckpointError(
-            expected="a complete checkpoint",
-            got=f"{path} ({error})",
-            do="delete it and start the run again",
-        ) from error
-    if metadata.get("format") != _FORMAT or state["identity"] != identity:
+        made_by = state["identity"]
+    except _DAMAGE as error:
+        raise _damaged(path, error) from error
+    if metadata.get("format") != _FORMAT or made_by != identity:
         raise CheckpointError(
             expected="a checkpoint of this very run: same base model, methods, data and options",
             got=f"{path}, made by another",
             do="resume with the same arguments, or choose another run folder",
         )
-    for number, trainee in enumerate(trainees):
-        prefix = f"{number}/"
-        own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-        trainee.load_state(own, state["trainees"][trainee.name])
-    return {
-        name: DivergedError(expected=expected, got=got, do=do)
-        for name, (expected, got, do) in state["failures"].items()
-    }
+    try:
+        if set(state["tensors"]) != set(tensors):
+            raise KeyError(*sorted(set(state["tensors"]) ^ set(tensors))[:1])
+        for number, trainee in enumerate(trainees):
+            prefix = f"{number}/"
+            own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+            trainee.load_state(own, state["trainees"][trainee.name])
+        return {
+            name: DivergedError(expected=expected, got=got, do=do)
+            for name, (expected, got, do) in state["failures"].items()
+        }
+    except _DAMAGE as error:
+        raise _damaged(path, error) from error
+
+
+# Whatever a state of the wrong shape makes safetensors, json, torch or the optimizer raise.
+_DAMAGE = (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError, RecursionError)
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        expected="a complete checkpoint",
+        got=f"{path} ({type(error).__name__}: {error})",
+        do="delete it and start the run again",
+    )
 
 
 def _encoded(value: Any) -> Any:
@@ -85,5 +100,8 @@ def _encoded(value: Any) -> Any:
 
 def _decoded(value: Any) -> Any:
     if isinstance(value, dict):
-        return float(value["float"]) if set(value) == {"float"} else {k: _decoded(v) for k, v in value.items()}
+        # A prompt may be called "float" too; its state is no word.
+        if set(value) == {"float"} and isinstance(value["float"], str):
+            return float(value["float"])
+        return {key: _decoded(item) for key, item in value.items()}
     return [_decoded(item) for item in value] if isinstance(value, list) else value

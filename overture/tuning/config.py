@@ -35,7 +35,7 @@ class TuneConfig:
     precision: str = "auto"
     """`"fp32"`, `"bf16"` (autocast), or `"auto"`: bf16 on a GPU that has it, else fp32. The prompt stays fp32."""
     seed: int = 0
-    """Seed of every prompt's start, order of rows, and dropout."""
+    """Seed of every prompt's start, order of rows, and dropout, 0 to 2**63 - 1."""
     dev_fraction: float = 0.1
     """Share of the rows kept for the dev split when none is given, 0 to 0.5; under 20 rows none are kept."""
     eval_every: int | None = None
@@ -52,6 +52,8 @@ class TuneConfig:
     """Recompute each block in the backward pass, to save memory."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
+        _require("seed", 0 <= self.seed < 2**63, "between 0 and 2**63 - 1", self.seed)
         for name in ("steps", "batch_size", "gradient_accumulation"):
             _require(name, getattr(self, name) >= 1, "1 or more", getattr(self, name))
         for name in ("learning_rate", "clip", "eval_every", "patience", "checkpoint_every", "max_length"):
@@ -74,6 +76,31 @@ _CHOICES = {
     "schedule": ("cosine", "constant"),
     "precision": ("auto", "fp32", "bf16"),
 }
+
+
+_INTEGERS = (
+    "steps",
+    "batch_size",
+    "gradient_accumulation",
+    "seed",
+    "eval_every",
+    "patience",
+    "checkpoint_every",
+    "max_length",
+)
+_NUMBERS = ("learning_rate", "warmup", "weight_decay", "clip", "dev_fraction")
+_OPTIONAL = ("learning_rate", "clip", "eval_every", "patience", "checkpoint_every", "max_length")
+
+
+def _check_types(config: TuneConfig) -> None:
+    for name in (*_INTEGERS, *_NUMBERS):
+        value = getattr(config, name)
+        if value is None and name in _OPTIONAL:
+            continue
+        kind, word = (int, "an integer") if name in _INTEGERS else (int | float, "a number")
+        _require(name, isinstance(value, kind) and not isinstance(value, bool), word, value)
+    for name in ("truncate", "gradient_checkpointing"):
+        _require(name, isinstance(getattr(config, name), bool), "True or False", getattr(config, name))
 
 
 def _require(name: str, holds: bool, expected: str, got: object) -> None:

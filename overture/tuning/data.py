@@ -17,6 +17,9 @@ __all__ = ["BadRow", "Row", "Source", "load_rows", "raise_bad_rows"]
 
 SHOWN = 5
 
+# The csv module refuses cells over 131,072 characters; a C long has 32 bits on Windows.
+_LONGEST_CELL = 2**31 - 1
+
 Source = str | PathLike[str] | Iterable[Any]
 """A path, a `datasets.Dataset`, or mappings."""
 
@@ -213,6 +216,7 @@ def _tsv(path: Path) -> Iterator[Raw]:
 
 
 def _table(path: Path, dialect: type[csv.Dialect]) -> Iterator[Raw]:
+    csv.field_size_limit(_LONGEST_CELL)
     lines = _text(path).replace("\r\n", "\n").split("\n")
     reader = csv.reader((line + "\n" for line in lines), dialect, strict=True)
     header: list[str] | None = None

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from overture.runtime.encode import Encoded, batch_rows
 from overture.runtime.prompts import RowPrompt, prompts
-from overture.spec import ModelSpec, block_modules
+from overture.spec import ModelSpec, block_modules, evaluating
 from overture.tuning.example import Example
 
 __all__ = ["checkpointed_blocks", "collate", "frozen", "row_losses"]
@@ -78,12 +78,12 @@ def _selected_positions(model: PreTrainedModel, row: Int[Tensor, " N"], column: 
 @contextmanager
 def frozen(model: PreTrainedModel) -> Iterator[None]:
     """The model in evaluation mode, its parameters without gradient; as it was afterwards."""
-    training, flags = model.training, [(p, p.requires_grad) for p in model.parameters()]
-    model.eval().requires_grad_(False)
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    model.requires_grad_(False)
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
-        model.train(training)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
 

@@ -138,7 +138,10 @@ class Trainee:
     def load_state(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
         """Take up a state made by `state`."""
         for name, parameter in self.module.named_parameters():
-            parameter.copy_(tensors[f"parameter/{name}"])
+            tensor = tensors[f"parameter/{name}"]
+            if tensor.shape != parameter.shape:  # copy_ would broadcast
+                raise ValueError(f"{name} is {tuple(tensor.shape)}, not {tuple(parameter.shape)}")
+            parameter.copy_(tensor)
         best = {name.removeprefix("best/"): t for name, t in tensors.items() if name.startswith("best/")}
         self.best = {name: t.to(self.device) for name, t in best.items()} or None
         self.noise.set_state(tensors["noise"])

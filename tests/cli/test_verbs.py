@@ -33,6 +33,18 @@ def test_eval_shows_every_prompt_beside_the_frozen_model(
     assert "perplexity" in table.out
 
 
+def test_eval_reads_the_columns_of_a_prompts_template(run: Run, llama: Path, tmp_path: Path) -> None:
+    """The frozen model beside it reads the same text."""
+    data = tmp_path / "pairs.jsonl"
+    data.write_text('{"a": "one", "b": "two", "label": "ten"}\n' * 4, encoding="utf-8")
+    out = tmp_path / "pairs.safetensors"
+    options = ["--model", llama, "--method", "p-tuning", "--template", "[V2]{a}[V2]{b}", "--steps", "2", "--quiet"]
+    assert run("tune", data, *options, "--out", out).code == 0
+    done = run("eval", data, "--model", llama, "--prompt", out, "--json")
+    assert (done.code, done.err) == (0, "")
+    assert [(row["prompt"], row["rows"]) for row in done.document["results"]] == [("none", 4), ("pairs", 4)]
+
+
 def test_generate_answers_side_by_side_as_alone(run: Run, llama: Path, prompts: dict[str, Path]) -> None:
     """Oracle: each prompt asked alone for each text."""
     texts = ["say one: ", "say"]
@@ -188,8 +200,18 @@ def test_demo_shows_everything_to_a_reader(run: Run, roomy: Path, tmp_path: Path
         "Prompt Tuning",
         "ONE mixed batch",
         "loss before",
-        "exactly right",
+        "fields of the tickets right",
         "Next:",
     ):
         assert words in done.out
     assert 4 <= len([line for line in done.err.splitlines() if line.startswith("step ")]) <= 10
+
+
+def test_a_ticket_is_as_right_as_its_fields() -> None:
+    """Oracle: counted by hand."""
+    from overture.cli._demo import _share_right
+
+    assert _share_right("COCOA | large", "COCOA | large") == 1.0
+    assert _share_right(" COCOA | small\n", "COCOA | large") == 0.5
+    assert _share_right("COCOA | large | sugar: 1", "COCOA | large") == pytest.approx(2 / 3)
+    assert _share_right("I want a cocoa", "COCOA | large") == 0.0

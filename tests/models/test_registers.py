@@ -15,7 +15,7 @@ from overture.models.registers.forms import DOMAINS, DRINK_FIELDS, TICKET, draw_
 from overture.models.registers.forms import is_reserved as form_is_reserved
 from overture.models.registers.intents import FREE, INTENTS, draw_plan
 from overture.models.registers.persona import Persona
-from overture.models.registers.stream import pretraining_persona
+from overture.models.registers.stream import pretraining_persona, recital_document
 
 NAMES = [*DEMO_USERS, DEMO_TASK]
 
@@ -79,6 +79,17 @@ def test_demo_rows_are_deterministic_distinct_and_plain_data(name: str) -> None:
 def test_an_unknown_demo_name_is_refused() -> None:
     with pytest.raises(KeyError, match="ticket"):
         demo_rows("nobody", 1)
+
+
+def test_a_recital_says_its_line_again_and_nothing_else() -> None:
+    for seed in range(50):
+        document = recital_document(Random(seed))
+        if isinstance(document, str):
+            assert len(set(document.split("\n"))) == 1
+            assert "\n" in document
+        else:
+            said = {message["content"].removeprefix("Say again: ") for message in document}
+            assert len(said) == 1
 
 
 def test_the_stream_repeats_with_its_seed() -> None:

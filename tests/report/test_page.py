@@ -15,7 +15,7 @@ EVIL = "<script>alert('x')</script> & \"quoted\" {{ 7 * 7 }} $x$"
 CURVE = tuple((step, 3 * math.exp(-step / 40)) for step in range(0, 200, 5))
 
 
-def summary(name: str = "poet", *, exact_match: tuple[float, float] | None = None) -> PromptSummary:
+def summary(name: str = "poet", *, score: tuple[float, float] | None = None) -> PromptSummary:
     return PromptSummary(
         name=name,
         method="prefix",
@@ -28,7 +28,7 @@ def summary(name: str = "poet", *, exact_match: tuple[float, float] | None = Non
         seconds=41.2,
         train_curve=CURVE,
         dev_curve=CURVE[::8],
-        exact_match=exact_match,
+        score=score,
     )
 
 
@@ -36,7 +36,7 @@ def report(text: str = "plain") -> Report:
     return Report(
         title=text,
         summary=text,
-        prompts=(summary(text), summary("coach", exact_match=(0.0, 0.875))),
+        prompts=(summary(text), summary("coach", score=(0.0, 0.875))),
         samples=(
             Sample(input=text, answers=(Answer(prompt=text, text=text), Answer(prompt="b", text="")), expected=text),
         ),

@@ -191,3 +191,10 @@ def test_a_dict_of_splits_is_no_data() -> None:
     assert error.expected == "training data: a path, a datasets.Dataset, or a list of objects"
     assert error.got == "dict with the keys train, test"
     assert error.do.startswith("pass one split of a DatasetDict")
+
+
+def test_a_cell_may_be_a_whole_book(tmp_path: Path) -> None:
+    """The csv module's own limit is 131,072 characters."""
+    text = "a" * 200_000
+    [row] = load_rows(save(tmp_path / "book.csv", f"text\n{text}\n"))
+    assert row.values == {"text": text}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from random import Random
 
 from overture.models.registers.demo import is_reserved
@@ -50,8 +51,27 @@ def form_document(rng: Random) -> Document:
     return "\n\n".join(f"{text}\n{record}" for text, record in pairs)
 
 
-def documents(seed: int | str, chat_share: float = 0.65) -> Iterator[Document]:
+@lru_cache(maxsize=1)
+def _words() -> tuple[str, ...]:
+    """The words of some made-up users, and syllables that make no word."""
+    rng = Random("words")
+    said = {word for _ in range(600) for word in draw_plan(rng).user.lower().strip(".!?").split()}
+    nonsense = {a + b + c for a in "bdgklmnprstvz" for b in "aeiou" for c in ("n", "r", "s", "l", "ck", "")}
+    return tuple(sorted(said | nonsense))
+
+
+def recital_document(rng: Random) -> Document:
+    """A line of unrelated words, said again: nothing but what stood before helps to read it, so copying is learned."""
+    line = " ".join(rng.choices(_words(), k=rng.randint(4, 24)))
+    times = rng.choice((1, 1, 2, 3))
+    if rng.random() < 0.3:
+        return [{"role": "user", "content": f"Say again: {line}"}, {"role": "assistant", "content": line}] * times
+    return "\n".join([line] * (times + 1))
+
+
+def documents(seed: int | str) -> Iterator[Document]:
     """Yield documents without end; the same seed gives the same stream."""
     rng = Random(seed)
+    kinds = {chat_document: 0.5, form_document: 0.28, recital_document: 0.22}
     while True:
-        yield chat_document(rng) if rng.random() < chat_share else form_document(rng)
+        yield rng.choices(tuple(kinds), tuple(kinds.values()))[0](rng)
