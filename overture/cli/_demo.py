@@ -40,7 +40,7 @@ class Size:
     """Orders shown with every method's ticket."""
 
 
-FULL = Size(steps=150, batch_size=8, train_rows=480, dev_rows=24)
+FULL = Size(steps=120, batch_size=8, train_rows=480, dev_rows=24)
 QUICK = Size(steps=8, batch_size=4, train_rows=40, dev_rows=4)
 
 
