@@ -10,7 +10,7 @@ from overture.errors import ConfigError, DataError
 
 __all__ = ["Column", "Segment", "Template", "Text", "Virtual"]
 
-_TOKEN = re.compile(r"\[V(\d{0,9})\]|\{([A-Za-z_][A-Za-z0-9_]*)\}")
+_TOKEN = re.compile(r"\[V(\d{0,18})\]|\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ import typer
 from typer.exceptions import TyperException
 
 from overture.cli import chat, demo, doctor, eval, generate, inspect, tune
+from overture.cli._program import program
 from overture.cli._ui import print_error
 from overture.errors import OvertureError
 
@@ -111,7 +112,7 @@ def _interrupted(words: Sequence[str]) -> dict[str, str]:
     folder = folder or next((w.partition("=")[2] for w in words if w.startswith("--run-dir=")), None)
     if folder and Path(folder).is_dir():
         again = [*words, *(() if "--resume" in words else ("--resume",))]
-        return report | {"do": f"go on where it stopped: {shlex.join(['overture', *again])}"}
+        return report | {"do": f"go on where it stopped: {shlex.join([program(), *again])}"}
     if "tune" in words[:1]:
         return report | {"do": "start again; with --run-dir DIR a run can be resumed"}
     return report | {"do": "start again"}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from overture.cli._options import Json
+from overture.cli._program import program
 from overture.cli._ui import Ui
 from overture.errors import ConfigError
 
@@ -200,7 +201,7 @@ def _commands(model: str, plan: Plan, files: Mapping[str, Path], question: str) 
         ["generate", *using, "--chat", "--prompt", one, "--prompt", two, "--prompt", "none", question],
         ["inspect", task, "--model", model, "--text", plan.dev[plan.tasks[-1]][0]["order"], "--picture", picture],
     ]
-    return [join(["overture", *words]) for words in commands]
+    return [join([program(), *words]) for words in commands]
 
 
 def _closing(out: Path, files: Mapping[str, Path], commands: Sequence[str]) -> list[Any]:

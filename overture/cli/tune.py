@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from overture.cli._options import Data, Json, Model, Quiet, Seed, check_data, check_output
+from overture.cli._program import program
 from overture.cli._ui import Ui
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ def _document(result: TuneResult, out: Path, report: Path | None) -> dict[str, A
 def _next(result: TuneResult, out: Path, model: str, first: Mapping[str, Any]) -> str:
     """A command to try on the new prompt, which speaks to it as the data did."""
     prompt, template = result.prompt, result.prompt.template
-    words = ["overture", "generate", "--model", model, "--prompt", str(out)]
+    words = [program(), "generate", "--model", model, "--prompt", str(out)]
     if template is not None and len(template.columns) > 1:
         return shlex.join([*words, *(w for name in template.columns for w in ("--column", f"{name}={first[name]}"))])
     if template is None:

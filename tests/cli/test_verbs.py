@@ -215,3 +215,13 @@ def test_a_ticket_is_as_right_as_its_fields() -> None:
     assert _share_right(" COCOA | small\n", "COCOA | large") == 0.5
     assert _share_right("COCOA | large | sugar: 1", "COCOA | large") == pytest.approx(2 / 3)
     assert _share_right("I want a cocoa", "COCOA | large") == 0.0
+
+
+def test_next_commands_name_the_program_as_the_reader_can_call_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from overture.cli._program import program
+
+    monkeypatch.setattr("sys.argv", [".venv/bin/overture", "demo"])
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert program() == ".venv/bin/overture"
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    assert program() == "overture"
