@@ -226,7 +226,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "template a number": (forge(description=about(template=2)), "str or NoneType as 'template'"),
     "template without tokens": (forge(description=about(template="{text}")), "at least one virtual token"),
     "template of another P": (forge(description=about(template="[V3] {text}")), "2 virtual tokens in 'template'"),
-    "template of endless P": (forge(description=about(template=f"[V{'9' * 5000}]")), "too long to be a number"),
+    "template of endless P": (forge(description=about(template=f"[V{'9' * 5000}]")), "at least one virtual token"),
     "count a boolean": (forge({"embeddings": f32(1, 3)}, about(num_virtual_tokens=True)), "got bool"),
     "count a float": (forge(description=about(num_virtual_tokens=2.0)), "got float"),
     "count of another P": (forge(description=about(num_virtual_tokens=3)), "2 virtual tokens in 'num_virtual_tokens'"),
