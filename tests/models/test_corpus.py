@@ -10,8 +10,8 @@ import pytest
 
 from overture.models.corpus import SOURCES, Source, document_of, load, passages, split, with_made_up_share
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="shared/data is not here")
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not here")
 
 
 def test_a_split_has_no_text_on_both_sides_and_ignores_order() -> None:
