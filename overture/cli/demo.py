@@ -97,9 +97,15 @@ def _opening(name: str, base: Any, plan: Plan) -> Any:
 def _losses(ui: Ui, plan: Plan, results: Sequence[TuneResult]) -> Any:
     from rich.text import Text
 
-    right = ("virtual tokens", "stored parameters", "share of base", "loss before", "loss after")
-    title = f"Tuned together in {results[0].seconds:.0f} s. Loss on held-out rows, nats per token:"
+    right = ("tokens", "stored", "of base", "before", "after")
+    title = (
+        f"Tuned together in {results[0].seconds:.0f} s. Virtual tokens, stored parameters, and loss before and after:"
+    )
     table = ui.table("prompt", "method", *right, title=title, right=right)
+    for column in table.columns:
+        column.no_wrap = True
+    table.caption = "Loss in nats per token on held-out rows; before: the frozen model."
+    table.caption_justify = "left"
     for result in results:
         table.add_row(
             Text(result.name, style="bold"),
