@@ -98,13 +98,11 @@ def _losses(ui: Ui, plan: Plan, results: Sequence[TuneResult]) -> Any:
     from rich.text import Text
 
     right = ("tokens", "stored", "of base", "before", "after")
-    title = (
-        f"Tuned together in {results[0].seconds:.0f} s. Virtual tokens, stored parameters, and loss before and after:"
-    )
+    title = f"Tuned together in {results[0].seconds:.0f} s:"
     table = ui.table("prompt", "method", *right, title=title, right=right)
     for column in table.columns:
         column.no_wrap = True
-    table.caption = "Loss in nats per token on held-out rows; before: the frozen model."
+    table.caption = "Stored parameters; loss on held-out rows, nats per token; before: the frozen model."
     table.caption_justify = "left"
     for result in results:
         table.add_row(

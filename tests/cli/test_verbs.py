@@ -199,7 +199,7 @@ def test_demo_shows_everything_to_a_reader(run: Run, roomy: Path, tmp_path: Path
         "pirate",
         "Prompt Tuning",
         "ONE mixed batch",
-        "loss before and after",
+        "before: the frozen",
         "fields of the tickets right",
         "Next:",
     ):
