@@ -96,16 +96,21 @@ def _check(host: Host, row: RowPrompt) -> None:
 def _as_prefixes(model: PreTrainedModel, host: Host, rows: Sequence[RowPrompt]) -> list[KVPrefix | None]:
     """Every row as a prefix. Each distinct object is compiled once, and a saved prompt once per model."""
     saved = {id(row): row for row in rows if isinstance(row, SoftPrompt)}
-    new = {key: row.value for key, row in saved.items() if row not in host.compiled}
-    for key in new:
-        saved[key].check_finite()
-    # Kept for every later use, so free of what happens to hold now: dropout, autocast, gradient.
-    with torch.no_grad(), evaluating(model), torch.autocast(model.device.type, enabled=False):
-        for key, prefix in _compiled(model, new).items():
-            host.compiled[saved[key]] = prefix.map(torch.Tensor.detach)
+    new = {key: row for key, row in saved.items() if row not in host.compiled}
+    if new:
+        _keep(model, host, new)
     bare = {id(row): row for row in rows if row is not None and not isinstance(row, SoftPrompt)}
     ready = _compiled(model, bare) | {key: host.compiled[row] for key, row in saved.items()}
     return [ready.get(id(row)) for row in rows]
+
+
+def _keep(model: PreTrainedModel, host: Host, new: Mapping[int, SoftPrompt]) -> None:
+    """Compile saved prompts for every later use, free of what happens to hold now: dropout, autocast, gradient."""
+    for prompt in new.values():
+        prompt.check_finite()
+    with torch.no_grad(), evaluating(model), torch.autocast(model.device.type, enabled=False):
+        for key, prefix in _compiled(model, {key: prompt.value for key, prompt in new.items()}).items():
+            host.compiled[new[key]] = prefix.map(torch.Tensor.detach)
 
 
 def _compiled(

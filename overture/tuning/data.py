@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from overture.errors import DataError
+from overture.runtime.chat import short
 
 __all__ = ["BadRow", "Row", "Source", "load_rows", "raise_bad_rows"]
 
 SHOWN = 5
+_SHOWN_CHARACTERS = 40
 
 # The csv module refuses cells over 131,072 characters; a C long has 32 bits on Windows.
 _LONGEST_CELL = 2**31 - 1
@@ -135,14 +137,9 @@ def _existing(path: Path, kind: str) -> Path:
 def _not_an_object(value: object) -> DataError:
     return DataError(
         expected='an object with named columns, such as {"prompt": "...", "completion": "..."}',
-        got=f"{type(value).__name__} {_short(value)}",
+        got=f"{type(value).__name__} {short(value, _SHOWN_CHARACTERS)}",
         do="write one object per row",
     )
-
-
-def _short(value: object, limit: int = 40) -> str:
-    text = repr(value)
-    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def _text(path: Path) -> str:
@@ -173,9 +170,9 @@ def _parse(text: str) -> object:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        got = f"{_short(text.strip())}: {error.msg} at column {error.colno}"
+        got = f"{short(text.strip(), _SHOWN_CHARACTERS)}: {error.msg} at column {error.colno}"
     except (ValueError, RecursionError) as error:
-        got = f"{_short(text.strip())}: {error}"
+        got = f"{short(text.strip(), _SHOWN_CHARACTERS)}: {error}"
     return DataError(expected="valid JSON, one object per line", got=got, do="mend the JSON or delete the line")
 
 
