@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from overture import dispatch
 from overture.prompt import KVPrefix, SoftPrompt, VirtualTokens
-from overture.runtime.attention import PrefixAttention
+from overture.runtime.attention import CallOrder, PrefixAttention
 from overture.runtime.compile import compile_prefixes
 from overture.runtime.encode import encode
 from overture.runtime.host import Host, stands_in_text
@@ -121,7 +121,7 @@ class _MassRecorder:
     """
 
     def __init__(self, host: Host, prefix: KVPrefix | None, virtual: Bool[Tensor, " S"] | None) -> None:
-        self.host, self.virtual = host, virtual
+        self.order, self.virtual = CallOrder(host.layers), virtual
         self.mass: dict[int, list[float]] = {}
         self.real = self.counting = None
         if prefix is not None:
@@ -132,7 +132,7 @@ class _MassRecorder:
     def _handler(host: Host, prefix: KVPrefix) -> PrefixAttention:
         rows = PrefixRows.stack([prefix], prefix.keys[0].device)
         assert rows is not None
-        return PrefixAttention(rows, host.layer_of)
+        return PrefixAttention(rows, host.layers)
 
     def attend(
         self,
@@ -145,7 +145,7 @@ class _MassRecorder:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Measure, then answer as the prompt's own handler would."""
-        layer = self.host.layer_of.get(id(module))
+        layer = self.order.next(module)
         if layer is None:
             return inner(module, query, key, value, attention_mask, **kwargs)
         indicator = torch.zeros_like(value)

@@ -5,7 +5,8 @@ Shape suffixes: B rows, H heads, K key/value heads, T queries, S keys, P longest
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,9 +14,43 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from overture.dispatch import AttentionFunction
+from overture.errors import UnsupportedModelError
 from overture.runtime.rows import PrefixRows
 
-__all__ = ["PrefixAttention"]
+__all__ = ["CallOrder", "PrefixAttention"]
+
+
+class CallOrder:
+    """Which attention layer each call of one forward pass stands for.
+
+    Args:
+        layers: by `id` of a module, the indices of the layers that its calls stand for, in order. Most modules serve
+            one layer; ALBERT's only one serves them all.
+    """
+
+    def __init__(self, layers: Mapping[int, Sequence[int]]) -> None:
+        self.layers = layers
+        self.calls: Counter[int] = Counter()
+
+    def next(self, module: nn.Module) -> int | None:
+        """The layer of this call of `module`; None if it serves no layer.
+
+        Raises:
+            UnsupportedModelError: a module of several layers is called again after the last of them.
+        """
+        layers = self.layers.get(id(module), ())
+        if len(layers) <= 1:
+            # Recomputation repeats the call; it is the same layer every time.
+            return layers[0] if layers else None
+        call = self.calls[id(module)]
+        self.calls[id(module)] += 1
+        if call >= len(layers):
+            raise UnsupportedModelError(
+                expected=f"{len(layers)} attention calls of the shared {type(module).__name__} in one forward pass",
+                got="one more, as when gradient checkpointing repeats them in an order of its own",
+                do="turn gradient checkpointing off: model.gradient_checkpointing_disable()",
+            )
+        return layers[call]
 
 
 class PrefixAttention:
@@ -26,12 +61,13 @@ class PrefixAttention:
 
     Args:
         rows: the batch's prefixes.
-        layer_of: index of the attention layer by `id` of its module; other modules are left alone.
+        layers: by `id` of an attention module, the layers that its calls stand for, in order; other modules are left
+            alone.
     """
 
-    def __init__(self, rows: PrefixRows, layer_of: Mapping[int, int]) -> None:
+    def __init__(self, rows: PrefixRows, layers: Mapping[int, Sequence[int]]) -> None:
         self.rows = rows
-        self.layer_of = layer_of
+        self.order = CallOrder(layers)
         self.masks: dict[tuple[int, int, int], tuple[Tensor | None, Tensor | None]] = {}
 
     def attend(
@@ -45,7 +81,7 @@ class PrefixAttention:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Call the model's own attention function on prefix and text together."""
-        layer = self.layer_of.get(id(module))
+        layer = self.order.next(module)
         if layer is None:
             return inner(module, query, key, value, attention_mask, **kwargs)
         causal = kwargs.get("is_causal")

@@ -63,7 +63,9 @@ class Host:
         self.spec = ModelSpec.of(model)
         self.compiled: WeakKeyDictionary[SoftPrompt, KVPrefix] = WeakKeyDictionary()
         modules = attention_modules(model, self.spec.layers) if self.spec.refusal is None else []
-        self.layer_of = {id(module): index for index, module in enumerate(modules)}
+        self.layers: dict[int, list[int]] = {}
+        for index, module in enumerate(modules):
+            self.layers.setdefault(id(module), []).append(index)
         self.arguments = list(inspect.signature(backbone(model).forward).parameters)
         self.lock = threading.Lock()
         self.owner: Owner | None = None
@@ -142,7 +144,7 @@ class Host:
             prefixes = rows.prefixes.repeated(times)
             kwargs["position_ids"] = _positions(kwargs, length, start, prefixes.lengths)
             self._check_room(kwargs["position_ids"])
-            kwargs[dispatch.KEYWORD] = PrefixAttention(prefixes, self.layer_of)
+            kwargs[dispatch.KEYWORD] = PrefixAttention(prefixes, self.layers)
         return (), kwargs
 
     def _times(self, rows: Rows, ids: Tensor | None, batch: int) -> int:
