@@ -35,16 +35,16 @@ class Source:
 
 SOURCES: tuple[Source, ...] = (
     Source(name="registers", file="", weight=0.34, licence="Overture's own"),
-    Source(name="dialogues", file="dialogues/taskmaster4.jsonl", weight=0.06, licence="CC BY 4.0"),
-    Source(name="gsm8k", file="math/gsm8k_train.jsonl", weight=0.12, licence="MIT"),
-    Source(name="movie_sentences", file="classify/movie_sentences_train.jsonl", weight=0.05, licence="CC BY 4.0"),
-    Source(name="subjectivity", file="classify/subjectivity_train.jsonl", weight=0.05, licence="CC BY 4.0"),
-    Source(name="pros_cons", file="classify/pros_cons_train.jsonl", weight=0.05, licence="CC BY 4.0"),
-    Source(name="movie_reviews", file="prose/movie_reviews.jsonl", weight=0.18, licence="CC BY 4.0"),
-    Source(name="state_of_the_union", file="prose/state_of_the_union.jsonl", weight=0.07, licence="public domain"),
+    Source(name="dialogues", file="dialogues/taskmaster4.jsonl", weight=0.03, licence="CC BY 4.0"),
+    Source(name="gsm8k", file="math/gsm8k_train.jsonl", weight=0.07, licence="MIT"),
+    Source(name="movie_sentences", file="classify/movie_sentences_train.jsonl", weight=0.08, licence="CC BY 4.0"),
+    Source(name="subjectivity", file="classify/subjectivity_train.jsonl", weight=0.08, licence="CC BY 4.0"),
+    Source(name="pros_cons", file="classify/pros_cons_train.jsonl", weight=0.07, licence="CC BY 4.0"),
+    Source(name="movie_reviews", file="prose/movie_reviews.jsonl", weight=0.24, licence="CC BY 4.0"),
+    Source(name="state_of_the_union", file="prose/state_of_the_union.jsonl", weight=0.08, licence="public domain"),
     Source(name="inaugural", file="prose/inaugural.jsonl", weight=0.03, licence="public domain"),
-    Source(name="genesis", file="prose/genesis_kjv.jsonl", weight=0.015, licence="public domain"),
-    Source(name="speeches", file="users/shakespeare_speeches.jsonl", weight=0.02, licence="public domain"),
+    Source(name="genesis", file="prose/genesis_kjv.jsonl", weight=0.01, licence="public domain"),
+    Source(name="speeches", file="users/shakespeare_speeches.jsonl", weight=0.015, licence="public domain"),
 )
 """Everything `tiny` was trained on, and nothing else."""
 

@@ -35,6 +35,8 @@ class PretrainConfig:
     """Optimizer steps in all."""
     decay_steps: int = 1000
     """Last steps, over which the learning rate falls linearly to zero."""
+    made_up: float = 0.34
+    """Share of the made-up documents among the tokens before the decay."""
     decay_made_up: float = 0.7
     """Share of the made-up documents among the tokens of the last steps, where a model learns best."""
     warmup_steps: int = 100
@@ -42,7 +44,7 @@ class PretrainConfig:
     lr: float = 3e-3
     """Learning rate between warm-up and decay."""
     weight_decay: float = 0.1
-    """AdamW weight decay of matrices; vectors have none."""
+    """Weight decay of matrices; vectors have none."""
     clip: float = 1.0
     """Largest norm of the gradient."""
     block: int = 384
@@ -68,14 +70,23 @@ def learning_rate(config: PretrainConfig, step: int, decay_from: int) -> float:
     return config.lr * min(rise, fall)
 
 
-def optimizer_of(model: LlamaForCausalLM, config: PretrainConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only."""
+def optimizers_of(model: LlamaForCausalLM, config: PretrainConfig) -> tuple[torch.optim.Optimizer, ...]:
+    """Muon for the matrices inside the blocks, with steps as large as AdamW's; AdamW for embeddings and vectors.
+
+    Source: Jordan et al. 2024 (Muon); the step size is that of Liu et al. 2025, arXiv:2502.16982.
+    """
     import torch
 
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    hidden = {id(p): p for layer in model.model.layers for p in layer.parameters() if p.ndim == 2}
+    others = [p for p in model.parameters() if id(p) not in hidden]
+    groups = [
+        {"params": [p for p in others if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    muon = torch.optim.Muon(
+        hidden.values(), lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
+    return muon, torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
 def write_atomically(path: Path, write: Callable[[str], object]) -> None:
@@ -90,20 +101,23 @@ def write_atomically(path: Path, write: Callable[[str], object]) -> None:
     os.close(folder)
 
 
-def save(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.AdamW, state: dict[str, Any]) -> None:
-    """Write weights, optimizer state and progress as one safetensors file."""
+def save(
+    path: Path, model: LlamaForCausalLM, optimizers: tuple[torch.optim.Optimizer, ...], state: dict[str, Any]
+) -> None:
+    """Write weights, the optimizers' state and progress as one safetensors file."""
     from safetensors.torch import save_file
 
     tensors = {f"model.{name}": parameter.detach().contiguous() for name, parameter in model.named_parameters()}
     for name, parameter in model.named_parameters():
-        tensors |= {f"{key}.{name}": value for key, value in optimizer.state[parameter].items()}
+        for optimizer in optimizers:
+            tensors |= {f"{key}.{name}": value for key, value in optimizer.state.get(parameter, {}).items()}
     write_atomically(path, lambda part: save_file(tensors, part, metadata={"state": json.dumps(state)}))
 
 
 def restore(
-    path: Path, model: LlamaForCausalLM, optimizer: torch.optim.AdamW, config: PretrainConfig
+    path: Path, model: LlamaForCausalLM, optimizers: tuple[torch.optim.Optimizer, ...], config: PretrainConfig
 ) -> dict[str, Any]:
-    """Load what `save` wrote into model and optimizer, and return the progress.
+    """Load what `save` wrote into model and optimizers, and return the progress.
 
     Raises:
         CheckpointError: if it was made with other settings than `config` (the number of steps may differ).
@@ -125,8 +139,13 @@ def restore(
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(found.get_tensor(f"model.{name}"))
-                kept = ("step", "exp_avg", "exp_avg_sq")
-                optimizer.state[parameter] = {key: found.get_tensor(f"{key}.{name}") for key in kept}
+            names = {parameter: name for name, parameter in model.named_parameters()}
+            for optimizer, kept in zip(
+                optimizers, (("momentum_buffer",), ("step", "exp_avg", "exp_avg_sq")), strict=True
+            ):
+                for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                    slots = {key: found.get_tensor(f"{key}.{names[parameter]}") for key in kept}
+                    optimizer.state[parameter] = slots
     return state
 
 
@@ -147,37 +166,48 @@ def pretrain(
     data: Path,
     *,
     shape: Shape | None = None,
+    weights: Path | None = None,
     sources: tuple[Source, ...] = SOURCES,
     say: Callable[[str], None] = print,
 ) -> LlamaForCausalLM:
     """Train, or go on training, and return the model; `out` gets the tokenizer, a checkpoint and a log.
 
-    A file named `decay` in `out` starts the decay at the next step, to end a run early.
+    `weights` is a model's folder to start from, tokenizer included; without it the weights are random. A file named
+    `decay` in `out` starts the decay at the next step, to end a run early.
     """
     import torch
     from transformers import AutoTokenizer, LlamaForCausalLM
 
     torch.set_num_threads(config.threads)
     out.mkdir(parents=True, exist_ok=True)
-    if not (out / "tokenizer.json").exists():
+    if weights is not None:
+        AutoTokenizer.from_pretrained(weights).save_pretrained(out)
+    elif not (out / "tokenizer.json").exists():
         vocab_size = (shape or Shape()).vocab_size
         train_tokenizer(tokenizer_text(sources, data, config.seed), vocab_size).save_pretrained(out)
     tokenizer = AutoTokenizer.from_pretrained(out)
     torch.manual_seed(config.seed)
-    model: LlamaForCausalLM = LlamaForCausalLM((shape or Shape()).config())
+    model: LlamaForCausalLM = (
+        LlamaForCausalLM((shape or Shape()).config())
+        if weights is None
+        else LlamaForCausalLM.from_pretrained(weights, dtype=torch.float32)
+    )
     model.train()
-    optimizer = optimizer_of(model, config)
+    optimizers = optimizers_of(model, config)
     state: dict[str, Any] = {**asdict(config), "step": 0, "decay_from": config.steps - config.decay_steps}
     path = out / "checkpoint.safetensors"
     if path.exists():
-        found = restore(path, model, optimizer, config)
+        found = restore(path, model, optimizers, config)
         state["step"] = found["step"]
         if found["decay_from"] < found["step"]:  # the decay has begun, and goes on whatever --steps says
             state["decay_from"] = found["decay_from"]
-    last_sources = with_made_up_share(sources, config.decay_made_up)
+    phases = (config.made_up, config.seed), (config.decay_made_up, config.seed + 1)
     stable, decaying = (
-        Batches(blocks(tokenizer, some, data, block=config.block, seed=seed), config.rows * config.accumulate)
-        for some, seed in ((sources, config.seed), (last_sources, config.seed + 1))
+        Batches(
+            blocks(tokenizer, with_made_up_share(sources, share), data, block=config.block, seed=seed),
+            config.rows * config.accumulate,
+        )
+        for share, seed in phases
     )
     loss_of = loss_function(model, config.compile)
     start, first = time.perf_counter(), state["step"]
@@ -186,7 +216,7 @@ def pretrain(
         if (out / "decay").exists() and step < state["decay_from"]:
             state["decay_from"] = step
         rate = learning_rate(config, step, state["decay_from"])
-        for group in optimizer.param_groups:
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = rate
         total = 0.0
         since = step - state["decay_from"]
@@ -195,8 +225,9 @@ def pretrain(
             loss.backward()
             total += loss.item()
         norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip))
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         if not math.isfinite(total):
             raise DivergedError(
                 expected="a finite loss", got=f"{total} at step {step}", do="start again with a lower --lr"
@@ -212,7 +243,7 @@ def pretrain(
             say(" ".join(f"{key} {value:.4g}" if key == "lr" else f"{key} {value}" for key, value in entry.items()))
         last = step == state["decay_from"] + config.decay_steps
         if step % config.save_every == 0 or last:
-            save(path, model, optimizer, state)
+            save(path, model, optimizers, state)
     return model
 
 
@@ -221,6 +252,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder of the sources named in corpus.py")
     parser.add_argument("--out", type=Path, required=True, help="folder for tokenizer, checkpoint and log")
+    parser.add_argument("--weights", type=Path, help="folder of a model to start from, instead of random weights")
     for field in fields(PretrainConfig):
         kind = field.type if isinstance(field.type, str) else field.type.__name__
         flag = f"--{field.name.replace('_', '-')}"
@@ -229,8 +261,8 @@ def main() -> None:
         else:
             parser.add_argument(flag, type=float if kind == "float" else int, default=field.default)
     found = vars(parser.parse_args())
-    data, out = found.pop("data"), found.pop("out")
-    pretrain(replace(PretrainConfig(), **found), out, data, say=lambda line: print(line, flush=True))
+    data, out, weights = found.pop("data"), found.pop("out"), found.pop("weights")
+    pretrain(replace(PretrainConfig(), **found), out, data, weights=weights, say=lambda line: print(line, flush=True))
 
 
 if __name__ == "__main__":
