@@ -55,6 +55,8 @@ class KVPrefix:
 
     keys: tuple[Float[Tensor, "_K P _D"], ...]
     values: tuple[Float[Tensor, "_K P _E"], ...]
+    parts: tuple[str, ...] | None = None
+    """The parts of the model they are for, of `"encoder"`, `"decoder"` and `"cross"`; None for every attention call."""
 
     @property
     def length(self) -> int:
@@ -63,7 +65,7 @@ class KVPrefix:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> KVPrefix:
         """The same value with `function` applied to every tensor."""
-        return KVPrefix(tuple(map(function, self.keys)), tuple(map(function, self.values)))
+        return KVPrefix(tuple(map(function, self.keys)), tuple(map(function, self.values)), self.parts)
 
     def tensors(self) -> dict[str, Tensor]:
         """The value's tensors by name, as a prompt file stores them."""

@@ -40,6 +40,8 @@ class AttentionLayer:
 
     name: str
     """Path of the attention module below the backbone, such as `layers.3.self_attn`."""
+    part: str
+    """`"self"`; in an encoder-decoder `"encoder"`, `"decoder"` (its self-attention) or `"cross"`."""
     block: str
     """Path of the transformer block around it, such as `layers.3`; empty if there is none."""
     heads: int
@@ -98,6 +100,15 @@ class ModelSpec:
             known = _SPECS[model] = (version, _probe(model))
         return known[1]
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts that the attention calls belong to, each once, in order."""
+        return tuple(dict.fromkeys(layer.part for layer in self.layers))
+
+    def layers_of(self, parts: tuple[str, ...] | None) -> tuple[AttentionLayer, ...]:
+        """The attention calls of some parts, in order; of all if `parts` is None."""
+        return tuple(layer for layer in self.layers if parts is None or layer.part in parts)
+
     def require_prefix(self) -> None:
         """Raise `UnsupportedModelError` unless a `KVPrefix` can enter the model's attention."""
         if self.refusal is not None:
@@ -133,11 +144,24 @@ def backbone(model: nn.Module) -> PreTrainedModel:
     return cast(PreTrainedModel, unwrapped(model).base_model)
 
 
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """One attention call as it was seen."""
+
+    module: nn.Module
+    shape: tuple[int, int, int, int]
+    """Query heads, key heads, key size, value size."""
+    causal: bool
+    window: int | None
+    crosses: bool
+    """True if queries and keys are of different texts."""
+
+
 class _Recorder:
     """An attention handler that notes which module called with which shapes."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[nn.Module, tuple[int, int, int, int], bool, int | None]] = []
+        self.calls: list[_Call] = []
 
     def attend(
         self,
@@ -152,7 +176,8 @@ class _Recorder:
         causal = kwargs.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
         window = kwargs.get("sliding_window") or getattr(module, "sliding_window", None)
-        self.calls.append((module, (query.shape[1], key.shape[1], key.shape[3], value.shape[3]), bool(causal), window))
+        shape = (query.shape[1], key.shape[1], key.shape[3], value.shape[3])
+        self.calls.append(_Call(module, shape, bool(causal), window, crosses=query.shape[2] != key.shape[2]))
         return inner(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -185,12 +210,13 @@ def _probe(model: PreTrainedModel) -> ModelSpec:
         )
     config = model.config.get_text_config(decoder=True)
     recorder = _Recorder()
-    refusal = "encoder-decoder models are not supported yet" if model.config.is_encoder_decoder else None
     with torch.no_grad(), evaluating(model):
-        refusal = refusal or _record(model, recorder, weight.device)
-        layers = tuple(_layers(backbone(model), recorder))
+        refusal = _record(model, recorder, weight.device)
+        layers = tuple(_layers(model, recorder))
         causal = bool(layers) and all(layer.causal for layer in layers)
         runs_ahead = refusal is None and causal and _meets_in_attention_only(model, weight.device)
+    if model.config.is_encoder_decoder:
+        refusal = refusal or "encoder-decoder models are not supported yet"
     if refusal is None and len({layer.name for layer in layers}) != len(layers):
         refusal = "one attention module serves several layers"
     return ModelSpec(
@@ -223,16 +249,31 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def _record(model: PreTrainedModel, recorder: _Recorder, device: torch.device) -> str | None:
     """Run two tokens through the backbone; return why a prefix cannot enter, or None."""
     dispatch.install()
-    ids = torch.zeros(1, 2, dtype=torch.long, device=device)
     try:
-        backbone(model)(input_ids=ids, **{dispatch.KEYWORD: recorder})
+        backbone(model)(**_inputs(model, device), **{dispatch.KEYWORD: recorder})
     except TypeError as error:
         return f"its forward pass takes no further keywords ({error})"
     if not recorder.calls:
         return "its attention does not run through transformers' attention interface"
-    if "position_ids" not in inspect.signature(backbone(model).forward).parameters:
+    if not model.config.is_encoder_decoder and "position_ids" not in _arguments(model):
         return "its forward pass takes no position_ids, so its text cannot start behind a prefix"
     return None
+
+
+def _inputs(model: PreTrainedModel, device: torch.device) -> dict[str, Any]:
+    """The smallest input: two tokens; for a decoder behind an encoder also three positions of the encoder."""
+    two, three = (torch.zeros(1, length, dtype=torch.long, device=device) for length in (2, 3))
+    if not model.config.is_encoder_decoder:
+        return {"input_ids": two}
+    if "input_ids" in _arguments(model):
+        return {"input_ids": three, "decoder_input_ids": two}
+    # What this encoder reads is no text (Whisper): the decoder alone is run, on an encoder's output of zeros.
+    states = torch.zeros(1, 3, model.config.hidden_size, dtype=model.dtype, device=device)
+    return {"encoder_outputs": (states,), "decoder_input_ids": two}
+
+
+def _arguments(model: PreTrainedModel) -> list[str]:
+    return list(inspect.signature(backbone(model).forward).parameters)
 
 
 def _meets_in_attention_only(model: PreTrainedModel, device: torch.device) -> bool:
@@ -249,13 +290,25 @@ def _meets_in_attention_only(model: PreTrainedModel, device: torch.device) -> bo
     return bool(torch.allclose(first, second, rtol=1e-3, atol=1e-3 * float(first.abs().max())))
 
 
-def _layers(base: nn.Module, recorder: _Recorder) -> list[AttentionLayer]:
+def _layers(model: PreTrainedModel, recorder: _Recorder) -> list[AttentionLayer]:
+    base = backbone(model)
     names = {id(module): name for name, module in base.named_modules()}
     lists = {name for name, module in base.named_modules() if isinstance(module, nn.ModuleList)}
-    return [
-        AttentionLayer(names[id(module)], _block(names[id(module)], lists), *shape, causal, window)
-        for module, shape, causal, window in recorder.calls
-    ]
+    layers = []
+    for call in recorder.calls:
+        name = names[id(call.module)]
+        layers.append(
+            AttentionLayer(name, _part(model, call), _block(name, lists), *call.shape, call.causal, call.window)
+        )
+    return layers
+
+
+def _part(model: PreTrainedModel, call: _Call) -> str:
+    if not model.config.is_encoder_decoder:
+        return "self"
+    if any(module is call.module for module in model.get_encoder().modules()):
+        return "encoder"
+    return "cross" if call.crosses else "decoder"
 
 
 def _block(name: str, lists: set[str]) -> str:

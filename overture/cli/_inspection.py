@@ -125,12 +125,12 @@ class _MassRecorder:
         self.mass: dict[int, list[float]] = {}
         self.real = self.counting = None
         if prefix is not None:
-            ones = KVPrefix(prefix.keys, tuple(map(torch.ones_like, prefix.values)))
+            ones = KVPrefix(prefix.keys, tuple(map(torch.ones_like, prefix.values)), prefix.parts)
             self.real, self.counting = (self._handler(host, p) for p in (prefix, ones))
 
     @staticmethod
     def _handler(host: Host, prefix: KVPrefix) -> PrefixAttention:
-        rows = PrefixRows.stack([prefix], prefix.keys[0].device)
+        rows = PrefixRows.stack([prefix], host.spec.layers, prefix.keys[0].device)
         assert rows is not None
         return PrefixAttention(rows, host.layers)
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from overture.dispatch import AttentionFunction
 from overture.errors import UnsupportedModelError
@@ -68,7 +69,7 @@ class PrefixAttention:
     def __init__(self, rows: PrefixRows, layers: Mapping[int, Sequence[int]]) -> None:
         self.rows = rows
         self.order = CallOrder(layers)
-        self.masks: dict[tuple[int, int, int], tuple[Tensor | None, Tensor | None]] = {}
+        self.masks: dict[tuple[int, int, int, str], tuple[Tensor | None, Tensor | None]] = {}
 
     def attend(
         self,
@@ -82,7 +83,7 @@ class PrefixAttention:
     ) -> tuple[Tensor, Tensor | None]:
         """Call the model's own attention function on prefix and text together."""
         layer = self.order.next(module)
-        if layer is None:
+        if layer is None or self.rows.longest(layer) == 0:
             return inner(module, query, key, value, attention_mask, **kwargs)
         causal = kwargs.get("is_causal")
         causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
@@ -90,11 +91,15 @@ class PrefixAttention:
         if attention_mask is None and causal and 1 < queries < key.shape[2]:
             # "No mask" over a longer cache means an empty static cache being filled: what follows is not text yet.
             key, value = key[:, :, :queries], value[:, :, :queries]
-        mask = self._joined(attention_mask, query, key.shape[2], causal)
+        mask = self._joined(attention_mask, query, key.shape[2], causal, layer)
         prefix_key, prefix_value = (
             self._chosen(self.rows.keys[layer], key),
             self._chosen(self.rows.values[layer], value),
         )
+        bias = kwargs.get("position_bias")
+        if bias is not None:
+            # A prefix stands at no position relative to the text.
+            kwargs["position_bias"] = pad(bias, (self.rows.longest(layer), 0))
         return inner(
             module, query, torch.cat([prefix_key, key], 2), torch.cat([prefix_value, value], 2), mask, **kwargs
         )
@@ -105,22 +110,22 @@ class PrefixAttention:
             return stacked.to(like).expand(len(choice), -1, -1, -1)
         return stacked.to(like).index_select(0, choice.to(like.device))
 
-    def _joined(self, mask: Tensor | None, query: Tensor, keys: int, causal: bool) -> Tensor | None:
-        """The mask over prefix and text. Layers that share a mask share the joined one."""
-        signature = (id(mask), query.shape[2], keys)
+    def _joined(self, mask: Tensor | None, query: Tensor, keys: int, causal: bool, layer: int) -> Tensor | None:
+        """The mask over prefix and text. Layers of one part that share a mask share the joined one."""
+        signature = (id(mask), query.shape[2], keys, self.rows.parts[layer])
         if signature not in self.masks:
             # The mask is kept beside the result, so that its id stays its own.
-            self.masks[signature] = (mask, self._join(mask, query, keys, causal))
+            self.masks[signature] = (mask, self._join(mask, query, keys, causal, layer))
         return self.masks[signature][1]
 
-    def _join(self, mask: Tensor | None, query: Tensor, keys: int, causal: bool) -> Tensor | None:
+    def _join(self, mask: Tensor | None, query: Tensor, keys: int, causal: bool, layer: int) -> Tensor | None:
         queries = query.shape[2]
         if mask is None:
-            if self.rows.uniform and (queries == 1 or not causal):
+            if self.rows.uniform[self.rows.parts[layer]] and (queries == 1 or not causal):
                 return None
             text = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
             mask = _like(text.tril() if causal and queries > 1 else text, query)[None, None]
-        visible = self.rows.visible().to(mask.device)[:, None, None, :]
+        visible = self.rows.visible(layer).to(mask.device)[:, None, None, :]
         if mask.dtype != torch.bool:
             visible = _like(visible, mask)
         batch, heads, queries = visible.shape[0], mask.shape[1], mask.shape[2]

@@ -114,8 +114,10 @@ class Host:
         else:
             self.spec.require_prefix()
             got = [_shape(k, v) for k, v in zip(value.keys, value.values, strict=False)]
+            self._check_parts(value)
             length = value.length
-            wanted = [(s.kv_heads, length, s.key_dim, length, s.value_dim) for s in self.spec.layers]
+            layers = self.spec.layers_of(value.parts)
+            wanted = [(s.kv_heads, length, s.key_dim, length, s.value_dim) for s in layers]
             what = "keys and values of the model's layers, heads and sizes (heads, P, key size, P, value size)"
             if len(value.keys) != len(value.values):
                 got.append("layers without a partner")
@@ -124,6 +126,15 @@ class Host:
                 expected=f"{what}: {_brief(wanted)}",
                 got=_brief(got),
                 do=f"use a prompt tuned for this {self.spec.base.architecture} model",
+            )
+
+    def _check_parts(self, value: KVPrefix) -> None:
+        unknown = set(value.parts or ()) - set(self.spec.parts)
+        if unknown or value.parts == ():
+            raise BaseMismatchError(
+                expected=f"a prefix for parts that the model has: {', '.join(self.spec.parts)}",
+                got=", ".join(sorted(unknown)) or "none",
+                do="use a prompt tuned for this model; only encoder-decoders have the parts encoder, decoder and cross",
             )
 
     def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -142,8 +153,9 @@ class Host:
             self.window = rows.tokens.window(start, length, times)
         if rows.prefixes is not None:
             prefixes = rows.prefixes.repeated(times)
-            kwargs["position_ids"] = _positions(kwargs, length, start, prefixes.lengths)
-            self._check_room(kwargs["position_ids"])
+            if "self" in prefixes.lengths:
+                kwargs["position_ids"] = _positions(kwargs, length, start, prefixes.lengths["self"])
+                self._check_room(kwargs["position_ids"])
             kwargs[dispatch.KEYWORD] = PrefixAttention(prefixes, self.layers)
         return (), kwargs
 

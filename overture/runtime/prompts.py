@@ -55,7 +55,7 @@ def prompts(model: nn.Module, rows: RowPrompt | Sequence[RowPrompt], batch: Enco
     _check_places(host.spec, ahead, tokens, batch)
     if any(row is not None for row in ahead):
         require_masks(model)
-    prefixes = PrefixRows.stack(_as_prefixes(model, host, ahead), model.device)
+    prefixes = PrefixRows.stack(_as_prefixes(model, host, ahead), host.spec.layers, model.device)
     inside = TokenRows(tokens, batch.slots) if batch is not None and batch.slots is not None else None
     with host.using(Rows(len(listed), prefixes, inside)):
         yield
