@@ -17,7 +17,7 @@ from torch import Tensor
 from overture.errors import BaseMismatchError, PromptFileError
 from overture.template import Template
 
-__all__ = ["BaseModelId", "BlockInputs", "KVPrefix", "SoftPrompt", "Value", "VirtualTokens"]
+__all__ = ["BaseModelId", "BlockInputs", "Head", "KVPrefix", "SoftPrompt", "Value", "VirtualTokens"]
 
 Json = Any
 
@@ -105,6 +105,24 @@ class BaseModelId:
     """Name or path the model was loaded from; for people, never compared."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Head:
+    """How the model's answer becomes labels: layers of its own behind the backbone, or words of the vocabulary."""
+
+    task: str
+    """The task it was trained for, such as `sequence-classification`."""
+    labels: tuple[str, ...]
+    """Names of the answers, in the order of the outputs."""
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    """Weights and biases that take the place of the model's own, by their path in the model: `classifier.weight`."""
+    words: tuple[tuple[str, ...], ...] | None = None
+    """The verbalizer: for every label the words that say it at the mask; None where layers do."""
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Head:
+        """The same head with `function` applied to every tensor."""
+        return replace(self, tensors={name: function(tensor) for name, tensor in self.tensors.items()})
+
+
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class SoftPrompt:
     """A tuned prompt: a value, the base model it belongs to, and how it came to be."""
@@ -118,6 +136,8 @@ class SoftPrompt:
     metrics: Mapping[str, Json] = field(default_factory=dict)
     """What was measured while tuning (losses, steps). No clock times, so that equal runs give equal bytes."""
     name: str = ""
+    head: Head | None = None
+    """How the model's answer becomes labels; None for the model's own way."""
 
     @property
     def length(self) -> int:
@@ -127,7 +147,12 @@ class SoftPrompt:
     @property
     def num_parameters(self) -> int:
         """Numbers stored."""
-        return sum(t.numel() for t in self.value.tensors().values())
+        return sum(t.numel() for t in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name, as a prompt file stores them."""
+        head = {} if self.head is None else self.head.tensors
+        return self.value.tensors() | {f"head.{name}": tensor for name, tensor in head.items()}
 
     def renamed(self, name: str) -> SoftPrompt:
         """A copy under another name."""
@@ -145,7 +170,7 @@ class SoftPrompt:
 
     def check_finite(self) -> None:
         """Raise `PromptFileError` if any stored number is NaN or infinite."""
-        for name, tensor in self.value.tensors().items():
+        for name, tensor in self.tensors().items():
             if not torch.isfinite(tensor).all():
                 raise PromptFileError(
                     expected="finite numbers in every tensor",

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from overture.formats._layout import DTYPES, Entry
 from overture.formats._refusal import COPY_AGAIN, few, refusal
 from overture.template import Template
 
-__all__ = ["FIELDS", "FORMAT", "SCHEMA", "check_description", "check_entries", "check_metadata"]
+__all__ = ["FIELDS", "FORMAT", "LATER_FIELDS", "SCHEMAS", "check_description", "check_entries", "check_metadata"]
 
 FORMAT = "overture.soft_prompt"
-SCHEMA = "1"
+SCHEMAS = ("1", "2")
 FIELDS: dict[str, tuple[type, ...]] = {
     "base": (dict,),
     "method": (dict,),
@@ -23,6 +23,11 @@ FIELDS: dict[str, tuple[type, ...]] = {
     "template": (str, type(None)),
 }
 """The entries of the metadata's `json` and their types."""
+LATER_FIELDS: dict[str, tuple[type, ...]] = {"head": (dict,), "parts": (list,)}
+"""Entries that schema 2 added; each may be left out."""
+
+_PARTS = ("encoder", "decoder", "cross")
+_PARAMETER = re.compile(r"head\.(?P<module>\w+(\.\w+)*)\.(?P<kind>weight|bias)", re.ASCII)
 
 
 def check_metadata(header: dict[str, Any]) -> dict[str, str]:
@@ -36,17 +41,17 @@ def check_metadata(header: dict[str, Any]) -> dict[str, str]:
         raise refusal(f"the metadata entry format = {FORMAT!r}", got, "check the path")
     _check_types("__metadata__", metadata, dict.fromkeys(("schema", *metadata), (str,)))
     schema = metadata["schema"]
-    if schema != SCHEMA:
+    if schema not in SCHEMAS:
         newer = re.fullmatch("[1-9][0-9]{0,8}", schema) is not None
         got, do = (schema, "upgrade overture") if newer else (few(schema), COPY_AGAIN)
-        raise refusal(f"schema {SCHEMA}", f"schema {got}", do)
+        raise refusal(f"schema {' or '.join(SCHEMAS)}", f"schema {got}", do)
     _check_types("__metadata__", metadata, dict.fromkeys(("kind", "json", "sha256"), (str,)))
     if metadata["kind"] not in ("virtual_tokens", "kv_prefix"):
         raise refusal("the kind 'virtual_tokens' or 'kv_prefix'", few(metadata["kind"]))
     return metadata
 
 
-def check_entries(kind: str, entries: Mapping[str, Entry]) -> int:
+def check_entries(kind: str, schema: str, entries: Mapping[str, Entry]) -> int:
     """Check names, shapes and dtypes of the tensors against the kind. Returns P."""
     for name, entry in entries.items():
         if entry.dtype not in DTYPES:
@@ -55,6 +60,13 @@ def check_entries(kind: str, entries: Mapping[str, Entry]) -> int:
                 f"{few(entry.dtype)} in {few(name)}",
                 "convert the value first, such as `value.map(lambda t: t.float())`",
             )
+    if schema == "1":
+        return _check_value(kind, entries)
+    _check_head_entries({name: entry for name, entry in entries.items() if name.startswith("head.")})
+    return _check_value(kind, {name: entry for name, entry in entries.items() if not name.startswith("head.")})
+
+
+def _check_value(kind: str, entries: Mapping[str, Entry]) -> int:
     keys: list[str] = []
     values: list[str] = []
     if kind == "virtual_tokens":
@@ -80,8 +92,33 @@ def check_entries(kind: str, entries: Mapping[str, Entry]) -> int:
     return lengths.pop()
 
 
-def check_description(description: Any, length: int) -> dict[str, Any]:
-    """Check the metadata entry `json` against the number of virtual tokens in the tensors."""
+def _check_head_entries(entries: Mapping[str, Entry]) -> None:
+    """Check that every tensor is the weight of one module, or the bias that goes with it."""
+    for name, entry in entries.items():
+        match = _PARAMETER.fullmatch(name)
+        if match is None:
+            raise refusal("a head's tensors to be named 'head.PATH.weight' or 'head.PATH.bias'", few(name))
+        axes = (1, 2) if match["kind"] == "weight" else (1,)
+        if len(entry.shape) not in axes or min(entry.shape) < 1:
+            shape = "[O, I] or [O]" if len(axes) == 2 else "[O]"
+            raise refusal(f"the shape {shape}, each at least 1, for {few(name)}", f"[{few(*entry.shape)}]")
+        weight = entries.get(f"head.{match['module']}.weight")
+        if weight is None or weight.shape[0] != entry.shape[0]:
+            got = "none" if weight is None else f"{weight.shape[0]} rows"
+            raise refusal(f"a weight of {entry.shape[0]} rows beside {few(name)}", got)
+
+
+def check_description(
+    description: Any, metadata: Mapping[str, str], entries: Mapping[str, Entry], length: int
+) -> dict[str, Any]:
+    """Check the metadata entry `json` against the rest of the metadata and the tensors. Returns what the schema knows.
+
+    Args:
+        description: the entry, parsed.
+        metadata: `schema` and `kind`.
+        entries: the tensors.
+        length: their number of virtual tokens.
+    """
     if not isinstance(description, dict):
         raise refusal("an object in the metadata entry `json`", type(description).__name__)
     _check_types("json", description, FIELDS)
@@ -92,7 +129,51 @@ def check_description(description: Any, length: int) -> dict[str, Any]:
     for where, count in counts.items():
         if count != length:
             raise refusal(f"{length} virtual tokens in {where!r}, as in the tensors", str(count))
-    return description
+    later = {} if metadata["schema"] == "1" else {n: t for n, t in LATER_FIELDS.items() if n in description}
+    _check_types("json", description, later)
+    known = {name: description[name] for name in (*FIELDS, *later)}
+    _check_head(known.get("head"), [entry for name, entry in entries.items() if name.startswith("head.")])
+    _check_parts(known.get("parts"), metadata["kind"])
+    return known
+
+
+def _check_head(head: dict[str, Any] | None, entries: Sequence[Entry]) -> None:
+    if head is None:
+        if entries:
+            raise refusal("an entry 'head' in 'json' for the head's tensors", "none")
+        return
+    _check_types("head", head, {"labels": (list,), "task": (str,), "words": (list, type(None))})
+    labels, words = head["labels"], head["words"]
+    _check_texts("labels", labels)
+    if len(set(labels)) != len(labels):
+        raise refusal("every label of the head once", few(*labels))
+    if (words is None) == (not entries):
+        got = "neither" if words is None else "both"
+        raise refusal("a head of tensors or of words", got)
+    if words is None:
+        if not any(len(entry.shape) == 2 and entry.shape[0] == len(labels) for entry in entries):
+            got = ", ".join(str(list(entry.shape)) for entry in entries[:4])
+            raise refusal(f"a weight of {len(labels)} rows in the head, one per label", got)
+        return
+    if len(words) != len(labels) or not all(isinstance(some, list) for some in words):
+        raise refusal(f"{len(labels)} lists of words, one per label", few(*words))
+    for some in words:
+        _check_texts("words", some)
+
+
+def _check_texts(where: str, texts: list[Any]) -> None:
+    if not texts or not all(isinstance(text, str) and text for text in texts):
+        raise refusal(f"at least one text in {where!r} of the head, and none empty", few(*texts) or "none")
+
+
+def _check_parts(parts: list[Any] | None, kind: str) -> None:
+    if parts is None:
+        return
+    if kind != "kv_prefix":
+        raise refusal("an entry 'parts' for the kind 'kv_prefix' only", few(kind))
+    known = [part for part in _PARTS if part in parts]
+    if not parts or parts != known:
+        raise refusal(f"'parts' to be some of {', '.join(_PARTS)}, in this order", few(*parts) or "none")
 
 
 def _check_types(where: str, found: dict[str, Any], wanted: Mapping[str, tuple[type, ...]]) -> None:

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from overture.errors import OvertureError, PromptFileError
 from overture.files import write_atomically
-from overture.formats._check import FIELDS, FORMAT, SCHEMA, check_description, check_entries, check_metadata
+from overture.formats._check import FORMAT, SCHEMAS, check_description, check_entries, check_metadata
 from overture.formats._file import opened
 from overture.formats._json import canonical, parse, plain
 from overture.formats._layout import DTYPES, MAX_HEADER_BYTES, Entry, digest, header_bytes, parse_entries, read_header
 from overture.formats._refusal import naming, refusal
-from overture.prompt import BaseModelId, KVPrefix, SoftPrompt, VirtualTokens
+from overture.prompt import BaseModelId, Head, KVPrefix, SoftPrompt, VirtualTokens
 from overture.template import Template
 
 __all__ = ["MAX_FILE_BYTES", "MAX_HEADER_BYTES", "dumps", "load", "loads", "peek", "save"]
@@ -93,7 +93,8 @@ def peek(path: str | os.PathLike[str], *, max_bytes: int = MAX_FILE_BYTES) -> di
 
     Returns:
         `format`, `schema`, `kind`, `sha256`, `bytes` (size of the file), `name`, `base`, `template`, `method`,
-        `metrics`, `num_virtual_tokens`, and `tensors` (for every name its `dtype` and `shape`).
+        `metrics`, `num_virtual_tokens`, `head` and `parts` (if the prompt has them), and `tensors` (for every name
+        its `dtype` and `shape`).
 
     Raises:
         PromptFileError: as `load`, for all that can be seen without the tensors.
@@ -103,7 +104,7 @@ def peek(path: str | os.PathLike[str], *, max_bytes: int = MAX_FILE_BYTES) -> di
         header = _read_header(stream, size, max_bytes)
     return {
         **{key: header.metadata[key] for key in ("format", "kind", "sha256")},
-        **{key: header.description[key] for key in FIELDS},
+        **header.description,
         "schema": int(header.metadata["schema"]),
         "bytes": size,
         "tensors": {name: {"dtype": e.dtype, "shape": list(e.shape)} for name, e in header.entries.items()},
@@ -112,26 +113,29 @@ def peek(path: str | os.PathLike[str], *, max_bytes: int = MAX_FILE_BYTES) -> di
 
 def _encode(prompt: SoftPrompt) -> bytes:
     names = {dtype: name for name, dtype in DTYPES.items()}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(prompt.value.tensors().items())}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(prompt.tensors().items())}
     entries: dict[str, Entry] = {}
     end = 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.nbytes
         entries[name] = Entry(names.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), begin, end)
     kind = "virtual_tokens" if isinstance(prompt.value, VirtualTokens) else "kv_prefix"
-    length = check_entries(kind, entries)
+    later = _later(prompt)
+    metadata = {"format": FORMAT, "kind": kind, "schema": SCHEMAS[bool(later)]}
+    length = check_entries(kind, metadata["schema"], entries)
+    description = check_description(plain(_describe(prompt, length) | later), metadata, entries, length)
     prompt.check_finite()
     payload = [_raw(tensor) for tensor in tensors.values()]
-    metadata = {"format": FORMAT, "json": _describe(prompt, length), "kind": kind, "schema": SCHEMA}
+    metadata["json"] = canonical(description)
     metadata["sha256"] = digest(metadata, entries, payload)
     return b"".join([header_bytes(metadata, entries), *payload])
 
 
-def _describe(prompt: SoftPrompt, length: int) -> str:
+def _describe(prompt: SoftPrompt, length: int) -> dict[str, Any]:
     base, template = prompt.base, prompt.template
     if template is not None and Template.parse(template.source) != template:
         raise refusal("a template that its own source gives", repr(template.source), "make it with Template.parse")
-    description = {
+    return {
         "base": {"architecture": base.architecture, "digest": base.digest, "name": base.name},
         "method": prompt.method,
         "metrics": prompt.metrics,
@@ -139,7 +143,13 @@ def _describe(prompt: SoftPrompt, length: int) -> str:
         "num_virtual_tokens": length,
         "template": template.source if template else None,
     }
-    return canonical(check_description(plain(description), length))
+
+
+def _later(prompt: SoftPrompt) -> dict[str, Any]:
+    """The entries that schema 2 added, as far as the prompt needs them."""
+    head, parts = prompt.head, prompt.value.parts if isinstance(prompt.value, KVPrefix) else None
+    entries = {"head": head and {"labels": head.labels, "task": head.task, "words": head.words}, "parts": parts}
+    return {name: entry for name, entry in entries.items() if entry is not None}
 
 
 def _raw(tensor: Tensor) -> memoryview:
@@ -166,7 +176,8 @@ def _read_header(stream: io.BufferedIOBase, size: int, max_bytes: int) -> _Heade
     metadata = check_metadata(header)
     entries = parse_entries(header, size - payload)
     description = parse(metadata["json"], "the metadata entry `json`")
-    description = check_description(description, check_entries(metadata["kind"], entries))
+    length = check_entries(metadata["kind"], metadata["schema"], entries)
+    description = check_description(description, metadata, entries, length)
     return _Header(metadata, description, entries, payload)
 
 
@@ -193,7 +204,8 @@ def _decode(stream: io.BufferedIOBase, size: int, max_bytes: int) -> SoftPrompt:
         value = VirtualTokens(tensors["embeddings"])
     else:
         keys, values = (tuple(t for n, t in tensors.items() if n.startswith(part)) for part in ("keys.", "values."))
-        value = KVPrefix(keys, values)
+        parts = about.get("parts")
+        value = KVPrefix(keys, values, None if parts is None else tuple(parts))
     prompt = SoftPrompt(
         value=value,
         base=BaseModelId(architecture=base["architecture"], digest=base["digest"], name=base["name"]),
@@ -201,6 +213,15 @@ def _decode(stream: io.BufferedIOBase, size: int, max_bytes: int) -> SoftPrompt:
         method=about["method"],
         metrics=about["metrics"],
         name=about["name"],
+        head=_head(about.get("head"), tensors),
     )
     prompt.check_finite()
     return prompt
+
+
+def _head(about: dict[str, Any] | None, tensors: dict[str, Tensor]) -> Head | None:
+    if about is None:
+        return None
+    own = {name.removeprefix("head."): tensor for name, tensor in tensors.items() if name.startswith("head.")}
+    words = about["words"]
+    return Head(about["task"], tuple(about["labels"]), own, None if words is None else tuple(map(tuple, words)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from overture.prompt import BaseModelId, KVPrefix, SoftPrompt, VirtualTokens
+from overture.prompt import BaseModelId, Head, KVPrefix, SoftPrompt, VirtualTokens
 from overture.template import Template
 
 BASE = BaseModelId(architecture="llama", digest="0123456789abcdef" * 4, name="tiny")
@@ -42,6 +42,31 @@ def golden_prompts() -> dict[str, SoftPrompt]:
                 keys=tuple(_ramp(1, 1, 2, dtype=half) + i for i in range(11)),
                 values=tuple(_ramp(1, 1, 2, dtype=half) - i for i in range(11)),
             ),
+            base=BASE,
+        ),
+        "golden_schema_2_head": SoftPrompt(
+            value=VirtualTokens(_ramp(2, 4)),
+            base=BASE,
+            name="critic",
+            head=Head(
+                task="sequence-classification",
+                labels=("no", "ja »"),
+                tensors={
+                    "classifier.dense.weight": _ramp(3, 4, dtype=half),
+                    "classifier.dense.bias": _ramp(3),
+                    "classifier.norm.weight": _ramp(3),
+                    "classifier.out_proj.weight": _ramp(2, 3),
+                },
+            ),
+        ),
+        "golden_schema_2_words": SoftPrompt(
+            value=VirtualTokens(_ramp(3, 2)),
+            base=BASE,
+            template=Template.parse("[V2] {text} It was {mask}.[V1]"),
+            head=Head("masked-lm", ("bad", "good"), words=(("terrible", "poor"), ("great",))),
+        ),
+        "golden_schema_2_parts": SoftPrompt(
+            value=KVPrefix((_ramp(1, 2, 3),), (_ramp(1, 2, 2),), parts=("encoder", "cross")),
             base=BASE,
         ),
     }

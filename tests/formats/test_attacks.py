@@ -104,9 +104,42 @@ def without(description: dict[str, Any], key: str) -> dict[str, Any]:
     return {k: v for k, v in description.items() if k != key}
 
 
+WEIGHT: Tensors = {"head.c.weight": f32(2, 5), "head.c.bias": f32(2)}
+
+
+def headed(tensors: Tensors | None = None, *, kind: str = "virtual_tokens", **head: Any) -> bytes:
+    """A schema 2 file with a head, right unless told otherwise."""
+    entry = {"labels": ["no", "yes"], "task": "sequence-classification", "words": None} | head
+    own = WEIGHT if tensors is None else tensors
+    return forge({"embeddings": f32(2, 3), **own}, about(head=entry), schema="2", kind=kind)
+
+
+def verbalized(words: Any, **head: Any) -> bytes:
+    return headed({}, words=words, **head)
+
+
+def parted(parts: Any) -> bytes:
+    return forge(kv([f32(1, 2, 1)], [f32(1, 2, 1)]), about(parts=parts), schema="2", kind="kv_prefix")
+
+
 def test_the_forger_can_make_right_files() -> None:
     """Else every refusal below would prove nothing."""
     assert native.loads(forge(), "forged").name == "poet"
+    head = native.loads(headed(), "forged").head
+    assert head is not None
+    assert set(head.tensors) == {"c.weight", "c.bias"}
+    head = native.loads(verbalized([["bad"], ["good", "great"]]), "forged").head
+    assert head is not None
+    assert head.words == (("bad",), ("good", "great"))
+    assert native.loads(parted(["encoder"]), "forged").value.parts == ("encoder",)  # type: ignore[union-attr]
+    assert native.loads(forge(schema="2"), "forged").head is None
+
+
+def test_schema_1_knows_no_head_and_no_parts() -> None:
+    """Its readers ignore entries that they do not know, so this one must read the same."""
+    loaded = native.loads(forge(description=about(head={"labels": []}, parts=["encoder"])), "older")
+    assert loaded.head is None
+    assert native.loads(native.dumps(loaded), "again").head is None
     assert native.loads(relaid(lambda header: None), "forged").length == 2
 
 
@@ -256,6 +289,68 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "P of a value": (forge(kv([f32(1, 2, 1)], [f32(1, 3, 1)]), kind="kv_prefix"), "P = 2, 3"),
     "P of a layer": (forge(kv([f32(1, 2, 1), f32(1, 4, 1)], [f32(1, 2, 1)] * 2), kind="kv_prefix"), "P = 2, 4"),
     "heads": (forge(kv([f32(2, 2, 1)], [f32(1, 2, 1)]), kind="kv_prefix"), "as many heads"),
+    # the head
+    "head's tensors in schema 1": (forge({"embeddings": f32(2, 3), **WEIGHT}), "surplus: 'head.c.bias', 'head.c.we"),
+    "head's tensors without an entry": (
+        forge({"embeddings": f32(2, 3), **WEIGHT}, schema="2"),
+        "an entry 'head' in 'json' for the head's tensors",
+    ),
+    "head null": (forge(description=about(head=None), schema="2"), "dict as 'head' in 'json'; got NoneType"),
+    "head a list": (forge(description=about(head=[]), schema="2"), "dict as 'head' in 'json'; got list"),
+    **{
+        f"head without {key}": (
+            forge(
+                {"embeddings": f32(2, 3), **WEIGHT},
+                about(head=without({"labels": [], "task": "", "words": None}, key)),
+                schema="2",
+            ),
+            f"an entry '{key}' in 'head'",
+        )
+        for key in ("labels", "task", "words")
+    },
+    "task a number": (headed(task=1), "str as 'task' in 'head'; got int"),
+    "labels an object": (headed(labels={}), "list as 'labels' in 'head'; got dict"),
+    "no labels": (headed(labels=[]), "at least one text in 'labels' of the head, and none empty; got none"),
+    "an empty label": (headed(labels=["no", ""]), "and none empty"),
+    "labels of numbers": (headed(labels=[0, 1]), "at least one text in 'labels'"),
+    "labels of lists": (headed(labels=[[], []]), "at least one text in 'labels'"),
+    "one label twice": (headed(labels=["no", "no"]), "every label of the head once"),
+    "labels of another number": (headed(labels=["a", "b", "c"]), "a weight of 3 rows in the head, one per label"),
+    "only a norm with as many rows": (headed({"head.n.weight": f32(2)}), "a weight of 2 rows in the head"),
+    "words an object": (verbalized({}), "list or NoneType as 'words'"),
+    "words for one label": (verbalized([["bad"]]), "2 lists of words, one per label"),
+    "words a list of texts": (verbalized(["bad", "good"]), "2 lists of words"),
+    "a label without words": (verbalized([["bad"], []]), "at least one text in 'words'"),
+    "an empty word": (verbalized([["bad"], [""]]), "at least one text in 'words'"),
+    "neither tensors nor words": (headed({}), "a head of tensors or of words; got neither"),
+    "tensors and words": (headed(words=[["bad"], ["good"]]), "a head of tensors or of words; got both"),
+    "head of F64": (headed({"head.c.weight": ("F64", [2, 1], bytes(16))}), "'F64' in 'head.c.weight'"),
+    "head of three axes": (headed({"head.c.weight": f32(2, 1, 1)}), "the shape \\[O, I\\] or \\[O\\]"),
+    "head of no axis": (headed({"head.c.weight": ("F32", [], bytes(4))}), "the shape \\[O, I\\]"),
+    "head of size 0": (headed({"head.c.weight": f32(2, 0)}), "each at least 1, for 'head.c.weight'"),
+    "bias of two axes": (headed({**WEIGHT, "head.c.bias": f32(2, 1)}), "the shape \\[O\\], each"),
+    "bias without a weight": (
+        headed({"head.c.weight": f32(2, 5), "head.d.bias": f32(2)}),
+        "beside 'head.d.bias'; got none",
+    ),
+    "bias of another size": (headed({**WEIGHT, "head.c.bias": f32(3)}), "beside 'head.c.bias'; got 2 rows"),
+    "head's name without a path": (headed({**WEIGHT, "head.weight": f32(2, 1)}), "'head.PATH.weight'"),
+    "head's name of another kind": (headed({**WEIGHT, "head.c.scale": f32(2, 1)}), "'head.PATH.weight'"),
+    "head's name with a slash": (headed({**WEIGHT, "head.../c.weight": f32(2, 1)}), "'head.PATH.weight'"),
+    "head's name in other letters": (headed({**WEIGHT, "head.ç.weight": f32(2, 1)}), "'head.PATH.weight'"),
+    "head's name with a line break": (headed({**WEIGHT, "head.c.weight\n": f32(2, 1)}), "'head.PATH.weight'"),
+    # parts
+    "parts null": (parted(None), "list as 'parts' in 'json'; got NoneType"),
+    "parts text": (parted("encoder"), "list as 'parts' in 'json'; got str"),
+    "no parts": (parted([]), "'parts' to be some of encoder, decoder, cross, in this order; got none"),
+    "unknown part": (parted(["encoder", "middle"]), "'parts' to be some of"),
+    "parts out of order": (parted(["cross", "encoder"]), "in this order"),
+    "a part twice": (parted(["encoder", "encoder"]), "in this order"),
+    "parts of lists": (parted([[]]), "'parts' to be some of"),
+    "parts of virtual tokens": (
+        forge(description=about(parts=["encoder"]), schema="2"),
+        "'parts' for the kind 'kv_prefix' only",
+    ),
     # offsets
     "shape too large": (relaid(set_entry("keys.0", "shape", [1, HUGE, HUGE])), "bytes for 'keys.0'"),
     "shape of 2^64 bytes": (relaid(set_entry("keys.0", "shape", [2**40, 2**22, 1])), "bytes for 'keys.0'"),
@@ -351,13 +446,13 @@ def test_numbers_that_are_not_finite(dtype: str, number: int) -> None:
         native.loads(forge({"embeddings": (dtype, [2, 1], data)}), "bad")
 
 
-@pytest.mark.parametrize("schema", ["2", "17"])
+@pytest.mark.parametrize("schema", ["3", "17"])
 def test_a_newer_schema_asks_for_an_upgrade(schema: str) -> None:
     """Also where the newer schema has kinds and entries of its own."""
     for data in (forge(schema=schema), forge({}, [], schema=schema, kind="new")):
         with pytest.raises(PromptFileError) as error:
             native.loads(data, "new")
-        assert error.value.expected == "schema 1"
+        assert error.value.expected == "schema 1 or 2"
         assert error.value.got == f"schema {schema} (new)"
         assert error.value.do == "upgrade overture"
 

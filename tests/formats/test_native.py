@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 import overture.formats.native as native
 from overture.errors import PromptFileError
-from overture.prompt import BaseModelId, KVPrefix, SoftPrompt, VirtualTokens
+from overture.prompt import BaseModelId, Head, KVPrefix, SoftPrompt, VirtualTokens
 from overture.template import Template
 
 FOLDER = Path(__file__).parent
@@ -38,7 +38,7 @@ def bits(prompt: SoftPrompt) -> dict[str, tuple[torch.dtype, tuple[int, ...], by
     def raw(tensor: torch.Tensor) -> bytes:
         return tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
 
-    return {name: (t.dtype, tuple(t.shape), raw(t)) for name, t in prompt.value.tensors().items()}
+    return {name: (t.dtype, tuple(t.shape), raw(t)) for name, t in prompt.tensors().items()}
 
 
 def assert_same(left: SoftPrompt, right: SoftPrompt) -> None:
@@ -47,6 +47,14 @@ def assert_same(left: SoftPrompt, right: SoftPrompt) -> None:
     assert left.base == right.base
     assert left.template == right.template
     assert (left.name, left.method, left.metrics) == (right.name, right.method, right.metrics)
+    assert getattr(left.value, "parts", None) == getattr(right.value, "parts", None)
+    assert (left.head is None) == (right.head is None)
+    if left.head is not None and right.head is not None:
+        assert (left.head.task, left.head.labels, left.head.words) == (
+            right.head.task,
+            right.head.labels,
+            right.head.words,
+        )
 
 
 def independent_reader(data: bytes) -> tuple[dict[str, str], dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
@@ -92,7 +100,7 @@ def test_the_safetensors_library_reads_the_same(name: str, golden_prompts: dict[
     with safetensors.safe_open(str(path), framework="pt") as file:
         assert file.metadata()["format"] == "overture.soft_prompt"
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is no mapping
-    expected = golden_prompts[name].value.tensors()
+    expected = golden_prompts[name].tensors()
     assert tensors.keys() == expected.keys()
     assert all(
         torch.equal(tensors[key], expected[key]) and tensors[key].dtype == expected[key].dtype for key in tensors
@@ -103,17 +111,27 @@ def test_the_safetensors_library_reads_the_same(name: str, golden_prompts: dict[
 def test_a_reader_written_from_the_document_reads_the_same(name: str, golden_prompts: dict[str, SoftPrompt]) -> None:
     prompt = golden_prompts[name]
     metadata, about, tensors = independent_reader((FOLDER / f"{name}.safetensors").read_bytes())
-    assert metadata["schema"] == "1"
+    later: dict[str, Any] = {}
+    if prompt.head is not None:
+        words = prompt.head.words and [list(some) for some in prompt.head.words]
+        later["head"] = {"labels": list(prompt.head.labels), "task": prompt.head.task, "words": words}
+    if getattr(prompt.value, "parts", None):
+        later["parts"] = list(prompt.value.parts)
+    assert metadata["schema"] == ("2" if later else "1") == ("2" if "schema_2" in name else "1")
     assert metadata["kind"] == ("virtual_tokens" if isinstance(prompt.value, VirtualTokens) else "kv_prefix")
-    assert about == {
-        "base": {"architecture": prompt.base.architecture, "digest": prompt.base.digest, "name": prompt.base.name},
-        "method": prompt.method,
-        "metrics": prompt.metrics,
-        "name": prompt.name,
-        "num_virtual_tokens": prompt.length,
-        "template": prompt.template.source if prompt.template else None,
-    }
-    for key, tensor in prompt.value.tensors().items():
+    assert (
+        about
+        == {
+            "base": {"architecture": prompt.base.architecture, "digest": prompt.base.digest, "name": prompt.base.name},
+            "method": prompt.method,
+            "metrics": prompt.metrics,
+            "name": prompt.name,
+            "num_virtual_tokens": prompt.length,
+            "template": prompt.template.source if prompt.template else None,
+        }
+        | later
+    )
+    for key, tensor in prompt.tensors().items():
         assert np.array_equal(tensors[key], tensor.float().numpy())
 
 
@@ -121,7 +139,7 @@ def test_a_reader_written_from_the_document_reads_the_same(name: str, golden_pro
 def test_a_file_laid_out_by_the_safetensors_library_loads(name: str, golden_prompts: dict[str, SoftPrompt]) -> None:
     """Its writer orders tensors and metadata otherwise; the format fixes the content, not the order."""
     metadata, _, _ = independent_reader((FOLDER / f"{name}.safetensors").read_bytes())
-    data = safetensors.torch.save(golden_prompts[name].value.tensors(), metadata)
+    data = safetensors.torch.save(golden_prompts[name].tensors(), metadata)
     assert_same(native.loads(data, "resaved"), golden_prompts[name])
 
 
@@ -175,6 +193,20 @@ def tensors(draw: st.DrawFn, *shape: int) -> torch.Tensor:
 
 
 @st.composite
+def answers(draw: st.DrawFn) -> Callable[[], Head]:
+    labels = tuple(draw(st.lists(TEXT.filter(bool), min_size=1, max_size=4, unique=True)))
+    if draw(st.booleans()):
+        words = st.lists(TEXT.filter(bool), min_size=1, max_size=3).map(tuple)
+        task, some = draw(TEXT), tuple(draw(words) for _ in labels)
+        return lambda: Head(task, labels, words=some)
+    inner, width = draw(SIZES), draw(SIZES)
+    named = {"classifier.weight": (len(labels), inner), "classifier.bias": (len(labels),)}
+    named |= {"pre_classifier.weight": (inner, width)} if draw(st.booleans()) else {}
+    task, own = draw(TEXT), {name: draw(tensors(*shape)) for name, shape in named.items()}
+    return lambda: Head(task, labels, own)
+
+
+@st.composite
 def prompts(draw: st.DrawFn) -> Callable[[], SoftPrompt]:
     """How to make a prompt. Not the prompt: checking its shapes draws random numbers, which strategies may not do."""
     length = draw(SIZES)
@@ -185,13 +217,16 @@ def prompts(draw: st.DrawFn) -> Callable[[], SoftPrompt]:
     source = draw(st.none() | TEXT.map(lambda text: f"{text.replace('[', '(')}[V{length}]"))
     base = BaseModelId(architecture=draw(TEXT), digest=draw(TEXT), name=draw(TEXT))
     method, metrics, name = draw(JSON_OBJECT), draw(JSON_OBJECT), draw(TEXT)
+    parts = draw(st.none() | st.sampled_from([("encoder",), ("encoder", "cross"), ("decoder", "cross")]))
+    head = draw(st.none() | answers())
     return lambda: SoftPrompt(
-        value=KVPrefix(keys, values) if keys else VirtualTokens(embeddings),
+        value=KVPrefix(keys, values, parts) if keys else VirtualTokens(embeddings),
         base=base,
         template=None if source is None else Template.parse(source),
         method=method,
         metrics=metrics,
         name=name,
+        head=None if head is None else head(),
     )
 
 
@@ -203,7 +238,7 @@ def test_round_trip(make: Callable[[], SoftPrompt]) -> None:
     assert_same(loaded, prompt)
     assert native.dumps(loaded) == data
     assert independent_reader(data)[1]["name"] == prompt.name
-    assert safetensors.torch.load(data).keys() == prompt.value.tensors().keys()
+    assert safetensors.torch.load(data).keys() == prompt.tensors().keys()
 
 
 def test_equal_prompts_give_equal_bytes(small: SoftPrompt) -> None:
@@ -264,6 +299,14 @@ def test_peek_tells_the_header_and_reads_no_tensor(
     }
 
 
+def test_peek_tells_of_a_head(golden_prompts: dict[str, SoftPrompt]) -> None:
+    about = native.peek(FOLDER / "golden_schema_2_head.safetensors")
+    assert about["schema"] == 2
+    assert about["head"] == {"task": "sequence-classification", "labels": ["no", "ja »"], "words": None}
+    assert about["tensors"]["head.classifier.dense.weight"] == {"dtype": "F16", "shape": [3, 4]}
+    assert "parts" not in about
+
+
 # --- prompts that cannot be stored ------------------------------------------------------------------------------------
 
 
@@ -310,6 +353,12 @@ def nested(depth: int) -> Any:
         ({"value": kv_prefix([torch.zeros(1, 2, 2)], [torch.zeros(2, 2, 2)])}, "as many heads"),
         ({"value": VirtualTokens(torch.full((2, 2), float("nan")))}, "NaN or infinity in 'embeddings'"),
         ({"value": VirtualTokens(torch.full((2, 2), float("inf")))}, "NaN or infinity in 'embeddings'"),
+        ({"head": Head("t", ("a",), {"c.weight": torch.full((1, 2), float("nan"))})}, "infinity in 'head.c.weight'"),
+        ({"head": Head("t", ("a",), {"c.weight": torch.zeros(1, 2, dtype=torch.float64)})}, "float64"),
+        ({"head": Head("t", ("a", "b"), {"c.weight": torch.zeros(3, 2)})}, "a weight of 2 rows in the head"),
+        ({"head": Head("t", ("a",), {"c.scale": torch.zeros(1, 2)})}, "PATH.weight"),
+        ({"head": Head("t", (), {"c.weight": torch.zeros(1, 2)})}, "at least one text in 'labels'"),
+        ({"head": Head("t", ("a",))}, "a head of tensors or of words"),
     ],
     ids=lambda case: str(case)[:40],
 )
