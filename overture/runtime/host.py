@@ -80,11 +80,14 @@ class Host:
         base, embedding = backbone(inner), inner.get_input_embeddings()
         host = _HOSTS.get(base)
         if host is None or host.spec is not ModelSpec.of(inner):
-            host = _HOSTS[base] = _HOSTS[embedding] = cls(inner)
-            # Plain functions that look the host up: a pickled or copied model takes its hooks along.
-            if _before not in base._forward_pre_hooks.values():
-                base.register_forward_pre_hook(_before, with_kwargs=True)
-                base.register_forward_hook(_after, always_call=True)
+            host = _HOSTS[embedding] = cls(inner)
+            for entrance in _entrances(base, embedding):
+                _HOSTS[entrance] = host
+                # Plain functions that look the host up: a pickled or copied model takes its hooks along.
+                if _before not in entrance._forward_pre_hooks.values():
+                    entrance.register_forward_pre_hook(_before, with_kwargs=True)
+                    entrance.register_forward_hook(_after, always_call=True)
+            if _embedded not in embedding._forward_hooks.values():
                 embedding.register_forward_hook(_embedded)
         return host
 
@@ -137,19 +140,25 @@ class Host:
                 do="use a prompt tuned for this model; only encoder-decoders have the parts encoder, decoder and cross",
             )
 
-    def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Before a forward pass of the backbone: turn the rows into keywords, which survive recomputation."""
         rows = self.rows
         if rows is None or (rows.prefixes is None and rows.tokens is None):
             return None
+        if isinstance(kwargs.get(dispatch.KEYWORD), PrefixAttention):
+            return None  # an entrance around this one was here before
         self._require_owner()
-        kwargs = dict(zip(self.arguments, args, strict=False)) | kwargs
+        kwargs = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
         ids = kwargs.get("input_ids")
         batch, length = (kwargs["inputs_embeds"] if ids is None else ids).shape[:2]
         past = kwargs.get("past_key_values")
         start = int(past.get_seq_length()) if past is not None else 0
         times = self._times(rows, ids if start == 0 else None, batch)
-        if rows.tokens is not None:
+        if rows.tokens is not None and kwargs.get("inputs_embeds") is not None:
+            kwargs["inputs_embeds"] = rows.tokens.window(start, length, times).write(kwargs["inputs_embeds"])
+        elif rows.tokens is not None:
             self.window = rows.tokens.window(start, length, times)
         if rows.prefixes is not None:
             prefixes = rows.prefixes.repeated(times)
@@ -196,9 +205,15 @@ class Host:
 _HOSTS: WeakKeyDictionary[nn.Module, Host] = WeakKeyDictionary()
 
 
+def _entrances(base: PreTrainedModel, embedding: nn.Module) -> list[nn.Module]:
+    """Where text may enter: the backbone, and models inside it that a head calls directly (OPT's decoder)."""
+    inside = [module for module in base.modules() if isinstance(module, PreTrainedModel)]
+    return [module for module in inside if any(child is embedding for child in module.modules())]
+
+
 def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     host = _HOSTS.get(module)
-    return None if host is None else host.before(args, kwargs)
+    return None if host is None else host.before(module, args, kwargs)
 
 
 def _after(module: nn.Module, args: Any, output: Any) -> None:

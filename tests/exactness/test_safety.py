@@ -12,7 +12,16 @@ import threading
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import BartConfig, BartForCausalLM, FalconConfig, FalconForCausalLM, Lfm2Config, Lfm2ForCausalLM
+from transformers import (
+    BartConfig,
+    BartForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 from overture.errors import BaseMismatchError, ConfigError, ModelInUseError, PromptFileError, UnsupportedModelError
 from overture.prompt import KVPrefix, SoftPrompt, VirtualTokens
@@ -82,6 +91,34 @@ def test_a_wrapped_model_and_its_backbone_are_prompted_too(make_model, texts):
     for call in (lambda: wrapped(input_ids=text[None]), lambda: wrapped(text[None])):
         with prompts(wrapped, tokens):
             torch.testing.assert_close(call().logits[0].detach(), wanted, **TOLERANCE)
+
+
+def test_a_head_that_calls_past_its_backbone_is_prompted_too(texts, pad):
+    """OPT's head calls the decoder inside its backbone. Oracle: the words in the context."""
+    torch.manual_seed(0)
+    sizes = {"word_embed_proj_dim": 32, "num_hidden_layers": 2, "ffn_dim": 48, "init_std": 0.3}
+    model = OPTForCausalLM(OPTConfig(**SMALL, **sizes)).double().eval()
+    text, tokens = texts[0], _words(model)
+    wanted = _in_context(model, text)
+    inside, _ = pad([text], "right", [[0] * len(WORDS)])
+    with torch.no_grad():
+        with prompts(model, tokens):
+            torch.testing.assert_close(model(input_ids=text[None]).logits[0], wanted, **TOLERANCE)
+            hidden = model.model(input_ids=text[None])[0]
+            torch.testing.assert_close(model.lm_head(hidden)[0], wanted, **TOLERANCE)
+        with prompts(model, tokens, inside):
+            got = model(input_ids=inside.input_ids, attention_mask=inside.attention_mask).logits[0, len(WORDS) :]
+    torch.testing.assert_close(got, wanted, **TOLERANCE)
+
+
+def test_virtual_tokens_are_written_over_the_callers_embeddings(make_model, texts, pad):
+    """With `inputs_embeds` the embedding module is not called. Oracle: the words in the context."""
+    model = make_model("llama")
+    batch, _ = pad([texts[0]], "right", [[0] * len(WORDS)])
+    embedded = model.get_input_embeddings()(batch.input_ids)
+    with prompts(model, _words(model), batch):
+        got = model(inputs_embeds=embedded, attention_mask=batch.attention_mask).logits[0, len(WORDS) :]
+    torch.testing.assert_close(got, _in_context(model, texts[0]), **TOLERANCE)
 
 
 def test_what_is_no_prompt_is_refused():
