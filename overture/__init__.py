@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from overture.runtime.prompts import prompts as prompts
     from overture.spec import ModelSpec as ModelSpec
     from overture.template import Template as Template
+    from overture.trainer import PromptModel as PromptModel
     from overture.tuning.api import tune as tune
     from overture.tuning.api import tune_many as tune_many
     from overture.tuning.config import TuneConfig as TuneConfig
@@ -39,6 +40,7 @@ _HOMES = {
     "OvertureError": "errors",
     "PTuning": "methods",
     "PrefixTuning": "methods",
+    "PromptModel": "trainer",
     "PromptTuning": "methods",
     "SoftPrompt": "prompt",
     "Template": "template",

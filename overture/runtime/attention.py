@@ -33,6 +33,12 @@ class CallOrder:
         self.layers = layers
         self.calls: Counter[int] = Counter()
 
+    def copy(self) -> CallOrder:
+        """The same state, to go on from more than once."""
+        other = CallOrder(self.layers)
+        other.calls = self.calls.copy()
+        return other
+
     def next(self, module: nn.Module) -> int | None:
         """The layer of this call of `module`; None if it serves no layer.
 

@@ -16,9 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from overture.errors import ConfigError, DataError, DivergedError, PromptFileError
 from overture.files import remove_leftovers
-from overture.methods import Method, Prepared
-from overture.prompt import BaseModelId, BlockInputs, SoftPrompt, Value
-from overture.runtime.compile import Frozen, compile_prefixes
+from overture.methods import Method
+from overture.prompt import BaseModelId, SoftPrompt
+from overture.runtime.compile import Frozen
+from overture.runtime.fold import fold
 from overture.runtime.tokens import filler_id
 from overture.spec import ModelSpec
 from overture.tuning.cohort import Cohort, mean_losses
@@ -31,7 +32,7 @@ from overture.tuning.prepare import encode_for, require_causal
 from overture.tuning.results import CohortResult, TuneResult
 from overture.tuning.trainee import Trainee
 
-__all__ = ["fold", "tune", "tune_many"]
+__all__ = ["tune", "tune_many"]
 
 _FEW_ROWS = 20
 _CHECKPOINT = "checkpoint.safetensors"
@@ -156,13 +157,6 @@ def tune_many(
                     expected="finite numbers in the tuned prompt", got=error.got, do="lower the learning rate"
                 )
     return CohortResult(results, failures)
-
-
-@torch.no_grad()
-def fold(model: PreTrainedModel, value: Prepared) -> Value:
-    """A trained prompt as it is stored: networks folded away, block inputs compiled, fp32 on the CPU."""
-    stored = compile_prefixes(model, [value])[0] if isinstance(value, BlockInputs) else value
-    return stored.map(lambda t: t.detach().float().cpu().contiguous())
 
 
 def _trainee(

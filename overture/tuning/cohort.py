@@ -14,11 +14,12 @@ from transformers import PreTrainedModel
 
 from overture.errors import DivergedError, OvertureError
 from overture.runtime.prompts import RowPrompt
+from overture.runtime.recompute import checkpointed_blocks, checkpointing
 from overture.tuning.checkpoint import load_checkpoint, save_checkpoint
 from overture.tuning.config import TuneConfig
 from overture.tuning.events import CheckpointSaved, Evaluated, Failed, Finished, Listener, StepDone
 from overture.tuning.example import Example
-from overture.tuning.forward import checkpointed_blocks, frozen, row_losses
+from overture.tuning.forward import frozen, row_losses
 from overture.tuning.trainee import Trainee
 
 __all__ = ["Cohort", "mean_losses"]
@@ -112,7 +113,7 @@ class Cohort:
                 examples += passes[part]
             with (
                 precision(self.model, self.config),
-                checkpointed_blocks(self.model, self.config.gradient_checkpointing),
+                checkpointed_blocks(self.model, checkpointing() if self.config.gradient_checkpointing else None),
             ):
                 sums = row_losses(self.model, rows, examples, filler=self.filler)
             means = _by_owner(sums, owners, len(active)) / torch.tensor(targets, device=sums.device)

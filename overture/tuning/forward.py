@@ -7,22 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from overture.runtime.encode import Encoded, batch_rows
 from overture.runtime.prompts import RowPrompt, prompts
-from overture.spec import ModelSpec, block_modules, evaluating
+from overture.spec import evaluating
 from overture.tuning.example import Example
 
-__all__ = ["checkpointed_blocks", "collate", "frozen", "row_losses"]
+__all__ = ["collate", "frozen", "row_losses"]
 
 
 def collate(examples: Sequence[Example], filler: int) -> Encoded:
@@ -86,23 +84,3 @@ def frozen(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-
-
-@contextmanager
-def checkpointed_blocks(model: PreTrainedModel, active: bool) -> Iterator[None]:
-    """Recompute every transformer block in the backward pass.
-
-    transformers' own switch acts only in training mode, where the base model's dropout would be on.
-    """
-    blocks = dict.fromkeys(block_modules(model, ModelSpec.of(model).layers)) if active else {}
-    patched = {block: block.__dict__.get("forward") for block in blocks}
-    for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    try:
-        yield
-    finally:
-        for block, before in patched.items():
-            if before is None:
-                del block.forward
-            else:
-                block.forward = before

@@ -10,9 +10,9 @@ from torch import Generator
 from overture.methods import DeepPrompt, PrefixTuning
 from overture.prompt import BlockInputs, KVPrefix, SoftPrompt, VirtualTokens
 from overture.runtime.compile import Frozen, compile_prefixes
+from overture.runtime.fold import fold
 from overture.runtime.prompts import prompts
 from overture.spec import ModelSpec, block_modules
-from overture.tuning.api import fold
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-9}
 # The models take norms and rotary angles in fp32 whatever their weights are; gradients are summed in another order.

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from overture.prompt import BlockInputs, KVPrefix, VirtualTokens
 from overture.runtime.compile import compile_prefixes
 from overture.runtime.prompts import prompts
-from overture.tuning.forward import checkpointed_blocks
+from overture.runtime.recompute import checkpointed_blocks, checkpointing
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-9}
 INSIDE = [0, 2, 2, 4]
@@ -151,7 +151,10 @@ def test_gradient_checkpointing_changes_nothing(shape, make_model, texts, pad, k
                 if isinstance(module, torch.nn.Dropout):
                     module.p = 0.0
         rows = [None if row is None else _leaf(row) for row in _rows(model)]
-        with checkpointed_blocks(model, active and kind == "overture"), prompts(model, rows, batch):
+        with (
+            checkpointed_blocks(model, checkpointing() if active and kind == "overture" else None),
+            prompts(model, rows, batch),
+        ):
             logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
         sum((logits[i, window] ** 2).mean() for i, window in enumerate(windows)).backward()
         gradients[active] = [leaf.grad for row in rows for leaf in _leaves(row)]

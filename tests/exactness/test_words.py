@@ -13,8 +13,8 @@ from torch import Generator
 from overture.methods import DeepPrompt, PrefixTuning, PromptTuning, PTuning
 from overture.prompt import VirtualTokens
 from overture.runtime.compile import Frozen, compile_prefixes
+from overture.runtime.fold import fold
 from overture.runtime.prompts import prompts
-from overture.tuning.api import fold
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-9}
 SINGLE = {"rtol": 1e-4, "atol": 2e-4}

@@ -1,0 +1,340 @@
+"""A frozen model with a trainable prompt before every row, as one `nn.Module`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache, partial, wraps
+from inspect import signature
+from os import PathLike
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.autograd.graph import save_on_cpu
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from overture.errors import ConfigError
+from overture.formats.hub import upload
+from overture.methods import Method, Prepared
+from overture.prompt import SoftPrompt
+from overture.runtime.compile import Frozen
+from overture.runtime.fold import fold
+from overture.runtime.prompts import prompts
+from overture.runtime.recompute import Checkpoint, checkpointed_blocks, checkpointing
+from overture.spec import ModelSpec, evaluating, unwrapped
+from overture.trainer import folder, state
+from overture.trainer.checks import check_adapters, check_leading
+
+__all__ = ["PromptModel"]
+
+
+class PromptModel(PreTrainedModel):
+    """A frozen base model with a trainable prompt before every row.
+
+    Takes and returns what the base model does, so it goes wherever that goes: the Trainer of transformers, TRL's
+    `SFTTrainer`, Accelerate, a plain loop. Only the prompt is trained. The base model's dropout stays off. Whatever
+    is not said here is the base model's own: `config`, `generation_config`, `hf_device_map` and so on.
+
+    It is a `PreTrainedModel` because Trainer saves nothing but raw tensors of anything else.
+
+    Args:
+        model: a transformers model, or one that PEFT wraps. Its parameters' `requires_grad` is switched off.
+        method: `PrefixTuning(...)`, `PromptTuning(...)`, `PTuning(...)` or `DeepPrompt(...)`, with the virtual tokens
+            in front of the text.
+        tokenizer: the base model's; needed only for a start from words.
+        seed: of the prompt's start. Dropout draws from torch's own stream, which the training loop seeds and saves.
+        train_adapters: also train the parameters of a PEFT model that ask for a gradient.
+
+    Raises:
+        ConfigError: the method's template puts virtual tokens inside the text, or there is nothing to train as asked.
+        UnsupportedModelError: the model cannot take this kind of prompt.
+    """
+
+    # What is trained is not quantized, whatever the base model is; Trainer refuses models that are.
+    is_quantized = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        seed: int = 0,
+        train_adapters: bool = False,
+    ) -> None:
+        # PreTrainedModel's own would choose attention, loss and generation options anew; the base model has done so.
+        nn.Module.__init__(self)
+        inner = unwrapped(model)
+        if train_adapters:
+            check_adapters(model)
+        else:
+            model.requires_grad_(False)
+        self.base = model
+        self.method = method
+        self._checkpoint: Checkpoint | None = None
+        self._every_n_layers = 1
+        self._inside = False
+        with evaluating(model), torch.no_grad():
+            self.prompt = method.build(Frozen(inner, tokenizer or _NoWords()), Generator().manual_seed(seed))
+            check_leading(method, ModelSpec.of(inner), self.prompt())
+        self.prompt.to(inner.device)
+        # A trained adapter is part of the base and changes with every step: then there is no digest to compare.
+        if not train_adapters:
+            digest = bytes.fromhex(ModelSpec.of(inner).base.digest)
+            self.register_buffer("base_digest", torch.tensor(list(digest), dtype=torch.uint8, device=inner.device))
+        state.install(self)
+        self.__class__ = _like(type(self), type(inner))  # type: ignore[arg-type]
+        self.train(model.training)
+
+    # Running -----------------------------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's output with the trained prompt before every row."""
+        # Here and not in `forward`, which TRL replaces by one that runs `base_model` and the output layer by itself.
+        with self._prompted():
+            if self._recomputes and "use_cache" in signature(self.base_model.forward).parameters:
+                kwargs["use_cache"] = False  # recomputed blocks would write to a cache twice
+            return super().__call__(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's forward pass; its signature is the base model's."""
+        with self._prompted():
+            return self.base(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's `generate` with the trained prompt before every row."""
+        with self._prompted():
+            return self.base.generate(*args, **kwargs)  # type: ignore[operator]
+
+    @contextmanager
+    def _prompted(self) -> Iterator[None]:
+        """The prompt as it stands before every row of the passes inside; nested uses are one."""
+        if self._inside:
+            yield
+            return
+        value: Prepared = self.prompt(torch.default_generator if self.training else None)
+        checkpoint = self._checkpoint if self._recomputes else None
+        self._inside = True
+        try:
+            with (
+                prompts(self.base, value),
+                checkpointed_blocks(unwrapped(self.base), checkpoint, every_n_layers=self._every_n_layers),
+            ):
+                yield
+        finally:
+            self._inside = False
+
+    def train(self, mode: bool = True) -> PromptModel:
+        """Switch the prompt's dropout, and that of trained adapters; the base model's own stays off."""
+        nn.Module.train(self, mode)
+        self.base.eval()
+        for module in self.base.modules():
+            # A PEFT layer holds the frozen layer beside what is trained.
+            if hasattr(module, "adapter_layer_names") and any(p.requires_grad for p in module.parameters()):
+                for name, child in module.named_children():
+                    child.train(mode and name != "base_layer")
+        return self
+
+    # What Trainer, TRL and Accelerate ask for --------------------------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        """Everything else is the base model's."""
+        try:
+            return nn.Module.__getattr__(self, name)
+        except AttributeError:
+            if name == "base":
+                raise
+            return getattr(self.base, name)
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The base model without its head; under the prompt while this model runs."""
+        return unwrapped(self.base).base_model
+
+    @property
+    def device(self) -> torch.device:
+        """The base model's device."""
+        return unwrapped(self.base).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The base model's dtype. The prompt is fp32 on any."""
+        return unwrapped(self.base).dtype
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The base model's input embedding."""
+        return unwrapped(self.base).get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The base model's output layer."""
+        layer: nn.Module | None = unwrapped(self.base).get_output_embeddings()
+        return layer
+
+    def enable_input_require_grads(self) -> None:
+        """Nothing to do: a prompt's gradient does not need that of the input embeddings."""
+
+    def disable_input_require_grads(self) -> None:
+        """Nothing to undo."""
+
+    def gradient_checkpointing_enable(  # type: ignore[override]
+        self,
+        gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """Recompute the base model's blocks in the backward pass of training.
+
+        Args:
+            gradient_checkpointing_kwargs: options of `torch.utils.checkpoint.checkpoint`; `use_reentrant` may be
+                False (the default) or True.
+            every_n_layers: recompute only every n-th block, 1 or more.
+            offload: hold what a block keeps for it in the host's memory.
+        """
+        function = checkpointing(**dict(gradient_checkpointing_kwargs or {}))
+        self._checkpoint = partial(_offloaded, function) if offload else function
+        self._every_n_layers = every_n_layers
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep activations for the backward pass."""
+        self._checkpoint = None
+
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """`gradient_checkpointing_enable` under its name since transformers 5.23."""
+        # By way of the old name, which TRL replaces to checkpoint selectively.
+        self.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs=activation_checkpointing_kwargs,
+            every_n_layers=every_n_layers,
+            offload=offload,
+        )
+
+    def activation_checkpointing_disable(self) -> None:
+        """`gradient_checkpointing_disable` under its name since transformers 5.23."""
+        self.gradient_checkpointing_disable()
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether blocks are recomputed in training."""
+        return self._checkpoint is not None
+
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        """`is_gradient_checkpointing` under its name since transformers 5.23."""
+        return self.is_gradient_checkpointing
+
+    @property
+    def _recomputes(self) -> bool:
+        return self._checkpoint is not None and self.training and torch.is_grad_enabled()
+
+    # What comes of it --------------------------------------------------------------------------------------------
+
+    def soft_prompt(self, name: str = "prompt") -> SoftPrompt:
+        """The prompt as it stands, for use: networks folded away, fp32 on the CPU."""
+        inner = unwrapped(self.base)
+        with torch.no_grad(), evaluating(self), torch.autocast(inner.device.type, enabled=False):
+            value = fold(inner, self.prompt())
+        return SoftPrompt(value, ModelSpec.of(inner).base, self.method.template_, self.method.describe(), {}, name)
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | PathLike[str],
+        *,
+        state_dict: Mapping[str, Tensor] | None = None,
+        is_main_process: bool = True,
+        name: str = "prompt",
+        **ignored: Any,
+    ) -> None:
+        """Write a folder with the prompt for use, the state to go on training from, and a model card.
+
+        Args:
+            save_directory: the folder, made if it is missing.
+            state_dict: what `state_dict()` returned, if it is at hand.
+            is_main_process: False writes nothing.
+            name: the prompt's name.
+            **ignored: what `PreTrainedModel.save_pretrained` takes beyond that; none of it applies.
+        """
+        if is_main_process:
+            tensors = self.state_dict() if state_dict is None else state_dict
+            folder.write(save_directory, self.soft_prompt(name), tensors, self.base)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, folder_path: str | PathLike[str], base: nn.Module, *, train_adapters: bool = False
+    ) -> PromptModel:
+        """Read a folder that `save_pretrained` wrote, to go on training.
+
+        Args:
+            folder_path: the folder.
+            base: the base model, with the folder's adapter on it if there is one.
+            train_adapters: as for a new `PromptModel`.
+
+        Raises:
+            PromptFileError: there is no prompt in the folder, or it is damaged.
+            BaseMismatchError: it was trained on another base model.
+            CheckpointError: the state to go on from is missing, damaged, or of another prompt.
+        """
+        prompt, tensors = folder.read(folder_path)
+        prompt.check_base(ModelSpec.of(unwrapped(base)).base)
+        model = cls(base, folder.method_without_words(prompt), train_adapters=train_adapters)
+        model.method = folder.method_of(prompt)
+        model.load_state_dict(tensors)
+        return model
+
+    def push_to_hub(  # type: ignore[override]
+        self, repo_id: str, *, name: str | None = None, commit_message: str = "Upload soft prompt", **options: Any
+    ) -> str:
+        """Upload what `save_pretrained` writes to a repository on the Hub, made if it is missing.
+
+        Args:
+            repo_id: such as `anna/poet`.
+            name: the prompt's name; None for the repository's.
+            commit_message: of the commit.
+            **options: `private`, `token`, `revision` and `create_pr`, as huggingface_hub takes them.
+
+        Returns:
+            The commit's address.
+
+        Raises:
+            OvertureError: the Hub cannot be reached, or refuses.
+        """
+        with TemporaryDirectory() as temporary:
+            self.save_pretrained(temporary, name=name or repo_id.rpartition("/")[2])
+            return upload(temporary, repo_id, commit_message=commit_message, **options)
+
+
+def _offloaded(function: Any, *args: Any) -> Any:
+    """Call a block through `function` with the activations it saves in the host's memory."""
+    with save_on_cpu(pin_memory=torch.cuda.is_available()):
+        return function(*args)
+
+
+class _NoWords:
+    """Stands for a tokenizer where none was given."""
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        raise ConfigError(
+            expected="a tokenizer, to start from words",
+            got=f"init={text!r} and no tokenizer",
+            do="pass PromptModel(model, method, tokenizer=tokenizer)",
+        )
+
+
+@cache
+def _like(cls: type[PromptModel], base: type[PreTrainedModel]) -> type[PromptModel]:
+    """`cls` with the name and the signature of `base`.
+
+    By these Trainer tells which columns a model reads, which of them are labels, and whether its labels are shifted.
+    """
+
+    @wraps(base.forward)
+    def forward(self: PromptModel, *args: Any, **kwargs: Any) -> Any:
+        return cls.forward(self, *args, **kwargs)
+
+    namespace = {"forward": forward, "main_input_name": base.main_input_name, "__module__": cls.__module__}
+    return type(base.__name__, (cls,), namespace)
