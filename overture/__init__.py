@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from overture.prompt import SoftPrompt as SoftPrompt
     from overture.prompt import VirtualTokens as VirtualTokens
     from overture.runtime.compile import compile_prefixes as compile_prefixes
+    from overture.runtime.compose import average as average
+    from overture.runtime.compose import join as join
     from overture.runtime.encode import encode as encode
     from overture.runtime.generate import generate as generate
     from overture.runtime.prompts import prompts as prompts
@@ -47,10 +49,12 @@ _HOMES = {
     "TuneConfig": "tuning.config",
     "TuneResult": "tuning.results",
     "VirtualTokens": "prompt",
+    "average": "runtime.compose",
     "compile_prefixes": "runtime.compile",
     "encode": "runtime.encode",
     "evaluate": "tuning.evaluate",
     "generate": "runtime.generate",
+    "join": "runtime.compose",
     "load_base": "models",
     "prompts": "runtime.prompts",
     "tune": "tuning.api",

@@ -62,6 +62,7 @@ class Host:
     def __init__(self, model: PreTrainedModel) -> None:
         self.spec = ModelSpec.of(model)
         self.compiled: WeakKeyDictionary[SoftPrompt, KVPrefix] = WeakKeyDictionary()
+        self.shifted: WeakKeyDictionary[SoftPrompt, dict[int, KVPrefix]] = WeakKeyDictionary()
         modules = attention_modules(model, self.spec.layers) if self.spec.refusal is None else []
         self.layers: dict[int, list[int]] = {}
         for index, module in enumerate(modules):

@@ -16,13 +16,16 @@ from overture.runtime.compile import compile_prefixes
 from overture.runtime.embedding import TokenRows
 from overture.runtime.encode import Encoded
 from overture.runtime.host import Host, Rows, stands_in_text
+from overture.runtime.rotation import concatenated, shifted
 from overture.runtime.rows import PrefixRows
 from overture.spec import ModelSpec, evaluating, unwrapped
 
-__all__ = ["RowPrompt", "prompts"]
+__all__ = ["Piece", "RowPrompt", "as_prefixes", "check", "prompts"]
 
-RowPrompt = SoftPrompt | VirtualTokens | KVPrefix | BlockInputs | None
-"""What may stand before a row: a saved prompt, a bare value (with gradient, if it has one), or nothing."""
+Piece = SoftPrompt | VirtualTokens | KVPrefix | BlockInputs
+"""A saved prompt, or a bare value (with gradient, if it has one)."""
+RowPrompt = Piece | tuple[Piece | None, ...] | None
+"""What may stand before a row: one piece, several joined one after another, or nothing."""
 
 
 @contextmanager
@@ -34,12 +37,14 @@ def prompts(model: nn.Module, rows: RowPrompt | Sequence[RowPrompt], batch: Enco
 
     Args:
         model: a transformers model, or one that PEFT wraps; its weights are not touched.
-        rows: one prompt for all rows, or a sequence with one entry per row. `None` is the frozen model.
+        rows: one prompt for all rows, or a sequence with one entry per row. `None` is the frozen model; a tuple of
+            prompts within the sequence is their join (see `join`).
         batch: the encoded batch, needed if a prompt's virtual tokens stand inside the text (see `encode`).
 
     Raises:
         BaseMismatchError: a prompt was tuned on another base model, or has another shape.
         UnsupportedModelError: the model cannot take this kind of prompt.
+        ContextLengthError: joined prompts are longer than the model's context.
         ConfigError: a prompt stands inside the text, but the batch has no places for it.
         ModelInUseError: another thread has prompts set on this model.
     """
@@ -47,7 +52,7 @@ def prompts(model: nn.Module, rows: RowPrompt | Sequence[RowPrompt], batch: Enco
     host = Host.of(model)
     listed = list(rows) if isinstance(rows, Sequence) and not isinstance(rows, str) else [rows]
     for row in listed:
-        _check(host, row)
+        check(host, row)
     if batch is not None and len(listed) == 1:
         listed *= len(batch.input_ids)
     tokens = [_tokens(row) if placed else None for row, placed in zip(listed, _placed(listed, batch), strict=True)]
@@ -55,7 +60,7 @@ def prompts(model: nn.Module, rows: RowPrompt | Sequence[RowPrompt], batch: Enco
     _check_places(host.spec, ahead, tokens, batch)
     if any(row is not None for row in ahead):
         require_masks(model)
-    prefixes = PrefixRows.stack(_as_prefixes(model, host, ahead), host.spec.layers, model.device)
+    prefixes = PrefixRows.stack(as_prefixes(model, host, ahead), host.spec.layers, model.device)
     inside = TokenRows(tokens, batch.slots) if batch is not None and batch.slots is not None else None
     with host.using(Rows(len(listed), prefixes, inside)):
         yield
@@ -79,29 +84,62 @@ def _tokens(row: RowPrompt) -> VirtualTokens | None:
     return value if isinstance(value, VirtualTokens) else None
 
 
-def _check(host: Host, row: RowPrompt) -> None:
-    if isinstance(row, SoftPrompt):
+def check(host: Host, row: RowPrompt) -> None:
+    """Raise unless the row's prompts belong to this model and have its shape, and joined ones lead the text."""
+    if isinstance(row, tuple):
+        for piece in _pieces(row):
+            check(host, piece)
+            if not isinstance(piece, BlockInputs) and stands_in_text(host.spec, piece):
+                raise ConfigError(
+                    expected="joined prompts that stand in front of the text and run ahead of it",
+                    got="virtual tokens that take positions of the input",
+                    do="join prompts without virtual tokens inside a template, on a decoder",
+                )
+    elif isinstance(row, SoftPrompt):
         row.check_base(host.spec.base)
         host.check(row.value)
     elif isinstance(row, VirtualTokens | KVPrefix):
         host.check(row)
     elif row is not None and not isinstance(row, BlockInputs):
         raise ConfigError(
-            expected="a SoftPrompt, VirtualTokens, a KVPrefix or None for every row",
+            expected="a SoftPrompt, VirtualTokens, a KVPrefix, a tuple of them or None for every row",
             got=type(row).__name__,
             do="load files with SoftPrompt.load(path), and take .prompt of what tune returns",
         )
 
 
-def _as_prefixes(model: PreTrainedModel, host: Host, rows: Sequence[RowPrompt]) -> list[KVPrefix | None]:
+def as_prefixes(model: PreTrainedModel, host: Host, rows: Sequence[RowPrompt]) -> list[KVPrefix | None]:
     """Every row as a prefix. Each distinct object is compiled once, and a saved prompt once per model."""
-    saved = {id(row): row for row in rows if isinstance(row, SoftPrompt)}
-    new = {key: row for key, row in saved.items() if row not in host.compiled}
+    pieces = {id(piece): piece for row in rows for piece in _pieces(row)}
+    saved = {key: piece for key, piece in pieces.items() if isinstance(piece, SoftPrompt)}
+    new = {key: prompt for key, prompt in saved.items() if prompt not in host.compiled}
     if new:
         _keep(model, host, new)
-    bare = {id(row): row for row in rows if row is not None and not isinstance(row, SoftPrompt)}
-    ready = _compiled(model, bare) | {key: host.compiled[row] for key, row in saved.items()}
-    return [ready.get(id(row)) for row in rows]
+    bare = {key: piece for key, piece in pieces.items() if not isinstance(piece, SoftPrompt)}
+    ready = _compiled(model, bare) | {key: host.compiled[prompt] for key, prompt in saved.items()}
+    joined: dict[tuple[int, ...], KVPrefix | None] = {(): None}
+    for row in rows:
+        key = tuple(map(id, _pieces(row)))
+        if key not in joined:
+            joined[key] = _joined(model, host, [(piece, ready[id(piece)]) for piece in _pieces(row)])
+    return [joined[tuple(map(id, _pieces(row)))] for row in rows]
+
+
+def _pieces(row: RowPrompt) -> list[Piece]:
+    return [piece for piece in (row if isinstance(row, tuple) else [row]) if piece is not None]
+
+
+def _joined(model: PreTrainedModel, host: Host, pieces: Sequence[tuple[Piece, KVPrefix]]) -> KVPrefix:
+    """Prefixes one behind another. A saved prompt is moved to a place once per model."""
+    placed: list[KVPrefix] = []
+    start = 0
+    for piece, prefix in pieces:
+        known = host.shifted.setdefault(piece, {}) if isinstance(piece, SoftPrompt) else {}
+        if start not in known:
+            known[start] = shifted(model, prefix, start)
+        placed.append(known[start])
+        start += prefix.length
+    return placed[0] if len(placed) == 1 else concatenated(placed)
 
 
 def _keep(model: PreTrainedModel, host: Host, new: Mapping[int, SoftPrompt]) -> None:
@@ -130,8 +168,9 @@ def _check_places(
 ) -> None:
     for number, (row, value) in enumerate(zip(ahead, tokens, strict=True)):
         places = 0 if batch is None or batch.slots is None else int((batch.slots[number] >= 0).sum())
-        stray = row is not None and not isinstance(row, BlockInputs) and stands_in_text(spec, row)
-        wanted = _length(row) if stray else 0 if value is None else value.length
+        wanted = 0 if value is None else value.length
+        if row is not None and not isinstance(row, BlockInputs | tuple) and stands_in_text(spec, row):
+            wanted = row.length
         if places != wanted:
             raise ConfigError(
                 expected=f"{wanted} places inside the text for the virtual tokens of row {number}",
@@ -139,7 +178,3 @@ def _check_places(
                 do="encode the rows with overture.encode(tokenizer, inputs, prompts) and call "
                 "prompts(model, prompts, batch)",
             )
-
-
-def _length(row: RowPrompt) -> int:
-    return 0 if row is None else row.length

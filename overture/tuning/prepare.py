@@ -10,7 +10,7 @@ from overture.errors import ContextLengthError, UnsupportedModelError
 from overture.prompt import BlockInputs
 from overture.runtime.generate import foreign_id
 from overture.runtime.host import stands_in_text
-from overture.runtime.prompts import RowPrompt
+from overture.runtime.prompts import Piece
 from overture.runtime.tokens import filler_id
 from overture.spec import ModelSpec
 from overture.template import Template
@@ -26,7 +26,7 @@ _ENDLESS = 2**31
 def encode_for(
     spec: ModelSpec,
     tokenizer: PreTrainedTokenizerBase,
-    prompt: RowPrompt,
+    prompt: Piece | None,
     template: Template | None,
     rows: Sequence[Row],
     *,
