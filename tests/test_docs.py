@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,3 +28,14 @@ def test_the_step_sizes_in_the_methods_pages(page: str, rates: list[float]) -> N
     sentence = re.search(r"Default step size: (.*?) in units", text)
     assert sentence is not None
     assert [float(number) for number in re.findall(r"\d[\d.]*(?:e-?\d+)?", sentence.group(1))] == rates
+
+
+def test_the_python_of_compose_runs(tmp_path: Path) -> None:
+    """In a folder that holds what a clone holds; only the number of steps is cut."""
+    (code,) = re.findall(r"^```python\n(.*?)^```", (DOCS.parent / "compose.md").read_text(), re.DOTALL | re.MULTILINE)
+    (tmp_path / "examples").symlink_to(DOCS.parents[1] / "examples")
+    cut = "import overture.tuning.config as c\nc.TuneConfig.__init__.__kwdefaults__['steps'] = 2\n"
+    done = subprocess.run(
+        [sys.executable, "-c", cut + code], cwd=tmp_path, check=False, capture_output=True, text=True, timeout=250
+    )
+    assert done.returncode == 0, done.stderr

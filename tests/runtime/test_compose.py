@@ -9,7 +9,7 @@ import torch
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from overture.errors import BaseMismatchError, ConfigError, OvertureError
-from overture.prompt import BaseModelId, KVPrefix, SoftPrompt, VirtualTokens
+from overture.prompt import BaseModelId, Head, KVPrefix, SoftPrompt, VirtualTokens
 from overture.runtime.compose import average, join
 from overture.runtime.encode import encode_prompt
 from overture.runtime.prompts import prompts
@@ -98,6 +98,26 @@ def test_the_template_of_a_join_reads_the_text_as_its_parts_do(model):
         )
     assert join(model, task, task).template.source == "[V6]Say {word}: "
     assert join(model, user, user).template is None
+
+
+def _with_head(prompt, labels=("no", "yes"), weight=1.0):
+    return replace(prompt, head=Head("sequence-classification", labels, {"score.weight": torch.full((2, 16), weight)}))
+
+
+def test_heads(model):
+    """Oracle: the formula for an average; the one head there is for a join."""
+    base = ModelSpec.of(model).base
+    first, second = _with_head(_tokens(2, None, base), weight=1.0), _with_head(_tokens(2, None, base), weight=3.0)
+    mean = average([first, second], [3, 1]).head
+    assert mean.labels == ("no", "yes")
+    torch.testing.assert_close(mean.tensors["score.weight"], torch.full((2, 16), 1.5))
+    assert join(model, _tokens(3, None, base), first).head is first.head
+    assert join(model, first, _tokens(3, None, base)).head is first.head
+    with pytest.raises(ConfigError, match="at most one prompt with a head; got 2 heads"):
+        join(model, first, second)
+    for other in (_tokens(2, None, base), _with_head(second, labels=("yes", "no"))):
+        with pytest.raises(ConfigError, match="prompts of one head"):
+            average([first, other])
 
 
 class _Letters:
