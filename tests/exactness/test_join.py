@@ -18,8 +18,8 @@ from overture.errors import ContextLengthError, UnsupportedModelError
 from overture.prompt import BlockInputs, KVPrefix, SoftPrompt, VirtualTokens
 from overture.runtime.compose import join
 from overture.runtime.prompts import prompts
+from overture.runtime.recompute import checkpointed_blocks
 from overture.spec import ModelSpec, backbone, block_modules
-from overture.tuning.forward import checkpointed_blocks
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-9}
 FIRST = torch.tensor([7, 50, 12, 33, 5])
