@@ -1,24 +1,33 @@
-"""The attention seam: prefix keys and values joined in front of each row's own, behind an explicit mask.
+"""The attention seam: every row attends to its own prefix, then to its text.
 
-Shape suffixes: B rows, H heads, K key/value heads, T queries, S keys, P longest prefix, D head size.
+There are two paths. The reference joins prefix keys and values in front of each row's own, behind an explicit mask, and
+calls the model's own attention function. The merge path (`runtime/merge.py`) attends to both apart.
+
+Shape suffixes: B rows, U distinct prompts, G groups of rows, H heads, K key/value heads, T queries, S keys, P longest
+prefix, D head size.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from overture.dispatch import AttentionFunction
 from overture.errors import UnsupportedModelError
-from overture.runtime.rows import PrefixRows
+from overture.runtime import merge
+from overture.runtime.kernels import Mask
+from overture.runtime.rows import Fold, PrefixRows
 
-__all__ = ["CallOrder", "PrefixAttention"]
+__all__ = ["CallOrder", "Path", "PrefixAttention"]
+
+Path = Literal["auto", "merge", "concatenate"]
+"""How prefix and text come together: `merge` demands the merge path, `auto` takes it where it is possible and pays."""
 
 
 class CallOrder:
@@ -61,21 +70,35 @@ class CallOrder:
 
 
 class PrefixAttention:
-    """Attention handler of one forward pass: every row attends to its own prefix, then to its text.
+    """Attention handler of one forward pass.
 
     It reads nothing but its own fields and the call's arguments, so a recomputation in the backward pass repeats
-    exactly what the forward pass did. A prefix is seen by every query, also beyond a sliding window.
+    exactly what the forward pass did.
 
     Args:
         rows: the batch's prefixes.
         layers: by `id` of an attention module, the layers that its calls stand for, in order; other modules are left
             alone.
+        path: how prefix and text come together.
+        windows: by layer, the sliding window that a prefix drops out of; elsewhere every query sees it.
+        positions: of the queries, counted from the beginning of the row's prefix; only windows need them.
     """
 
-    def __init__(self, rows: PrefixRows, layers: Mapping[int, Sequence[int]]) -> None:
+    def __init__(
+        self,
+        rows: PrefixRows,
+        layers: Mapping[int, Sequence[int]],
+        *,
+        path: Path = "auto",
+        windows: Mapping[int, int] | None = None,
+        positions: Int[Tensor, "#B T"] | None = None,
+    ) -> None:
         self.rows = rows
         self.order = CallOrder(layers)
-        self.masks: dict[tuple[int, int, int, str], tuple[Tensor | None, Tensor | None]] = {}
+        self.path = path
+        self.windows = windows or {}
+        self.positions = positions
+        self.kept: dict[Any, Any] = {}
 
     def attend(
         self,
@@ -87,7 +110,7 @@ class PrefixAttention:
         attention_mask: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Call the model's own attention function on prefix and text together."""
+        """Answer one attention call of the model."""
         layer = self.order.next(module)
         if layer is None or self.rows.longest(layer) == 0:
             return inner(module, query, key, value, attention_mask, **kwargs)
@@ -97,6 +120,17 @@ class PrefixAttention:
         if attention_mask is None and causal and 1 < queries < key.shape[2]:
             # "No mask" over a longer cache means an empty static cache being filled: what follows is not text yet.
             key, value = key[:, :, :queries], value[:, :, :queries]
+        if self.path != "concatenate":
+            obstacle = "a prefix inside a sliding window" if layer in self.windows else None
+            obstacle = obstacle or merge.obstacle(inner, query, key, value, attention_mask, kwargs)
+            if obstacle is None and (self.path == "merge" or merge.pays(query, key)):
+                return self._merged(layer, query, key, value, attention_mask, causal, kwargs.get("scaling")), None
+            if self.path == "merge":
+                raise UnsupportedModelError(
+                    expected="attention that can be merged, for attention='merge'",
+                    got=f"{obstacle} in {type(module).__name__}",
+                    do="use attention='auto', which concatenates where it must",
+                )
         mask = self._joined(attention_mask, query, key.shape[2], causal, layer)
         prefix_key, prefix_value = (
             self._chosen(self.rows.keys[layer], key),
@@ -110,6 +144,35 @@ class PrefixAttention:
             module, query, torch.cat([prefix_key, key], 2), torch.cat([prefix_value, value], 2), mask, **kwargs
         )
 
+    def _merged(
+        self,
+        layer: int,
+        query: Float[Tensor, "B H T D"],
+        key: Float[Tensor, "B K S D"],
+        value: Float[Tensor, "B K S D"],
+        mask: Tensor | None,
+        causal: bool,
+        scale: float | None,
+    ) -> Float[Tensor, "B T H D"]:
+        dtype, fold, part = merge.computed_in(query), self.rows.fold(layer), self.rows.parts[layer]
+        assert fold is not None
+        prefix_key, prefix_value = (
+            fold.of_groups(stack[layer]).to(key.device, dtype) for stack in (self.rows.keys, self.rows.values)
+        )
+        output = merge.attend(
+            query.to(dtype),
+            key.to(dtype),
+            value.to(dtype),
+            prefix_key,
+            prefix_value,
+            fold=fold,
+            text_mask=None if mask is None else self._once("text", mask, lambda: merge.additive(mask, dtype)),
+            prefix_mask=self._once(("prefix", part), None, lambda: _ends(fold, prefix_key)),
+            causal=mask is None and causal and query.shape[2] > 1,
+            scale=scale,
+        )
+        return output.transpose(1, 2).contiguous()
+
     def _chosen(self, stacked: Float[Tensor, "U K P D"], like: Tensor) -> Float[Tensor, "B K P D"]:
         choice = self.rows.choice
         if stacked.shape[0] == 1:
@@ -118,24 +181,51 @@ class PrefixAttention:
 
     def _joined(self, mask: Tensor | None, query: Tensor, keys: int, causal: bool, layer: int) -> Tensor | None:
         """The mask over prefix and text. Layers of one part that share a mask share the joined one."""
-        signature = (id(mask), query.shape[2], keys, self.rows.parts[layer])
-        if signature not in self.masks:
-            # The mask is kept beside the result, so that its id stays its own.
-            self.masks[signature] = (mask, self._join(mask, query, keys, causal, layer))
-        return self.masks[signature][1]
+        signature = ("joined", query.shape[2], keys, causal, self.rows.parts[layer], self.windows.get(layer))
+        joined: Tensor | None = self._once(signature, mask, lambda: self._join(mask, query, keys, causal, layer))
+        return joined
 
     def _join(self, mask: Tensor | None, query: Tensor, keys: int, causal: bool, layer: int) -> Tensor | None:
         queries = query.shape[2]
         if mask is None:
-            if self.rows.uniform[self.rows.parts[layer]] and (queries == 1 or not causal):
+            uniform = self.rows.uniform[self.rows.parts[layer]] and layer not in self.windows
+            if uniform and (queries == 1 or not causal):
                 return None
             text = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
             mask = _like(text.tril() if causal and queries > 1 else text, query)[None, None]
-        visible = self.rows.visible(layer).to(mask.device)[:, None, None, :]
+        visible = self._visible(layer).to(mask.device)
         if mask.dtype != torch.bool:
             visible = _like(visible, mask)
         batch, heads, queries = visible.shape[0], mask.shape[1], mask.shape[2]
         return torch.cat([visible.expand(-1, heads, queries, -1), mask.expand(batch, -1, -1, -1)], dim=-1)
+
+    def _visible(self, layer: int) -> Bool[Tensor, "B 1 _T P"]:
+        """Which positions of its prefix each query sees."""
+        visible = self.rows.visible(layer)[:, None, None]
+        window = self.windows.get(layer)
+        if window is None:
+            return visible
+        assert self.positions is not None
+        distance = self.positions[..., None] - torch.arange(visible.shape[-1], device=self.positions.device)
+        return visible & (distance < window)[:, None].to(visible.device)
+
+    def _once(self, kind: Any, mask: Any, make: Callable[[], Any]) -> Any:
+        """What was made of this mask before, by this pass; compiled code makes it anew and finds out by itself."""
+        if torch.compiler.is_compiling():
+            return make()
+        signature = (kind, id(mask))
+        if signature not in self.kept:
+            # The mask is kept beside the result, so that its id stays its own.
+            self.kept[signature] = (mask, make())
+        return self.kept[signature][1]
+
+
+def _ends(fold: Fold, keys: Float[Tensor, "G K P D"]) -> Mask | None:
+    """Hides what fills up the shorter prefixes; None where nothing does."""
+    if fold.lengths is None:
+        return None
+    visible = torch.arange(keys.shape[2], device=keys.device) < fold.lengths.to(keys.device)[:, None]
+    return merge.additive(visible[:, None, None], keys.dtype)
 
 
 def _like(seen: Tensor, like: Tensor) -> Tensor:

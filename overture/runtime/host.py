@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from overture import dispatch
 from overture.errors import BaseMismatchError, ConfigError, ContextLengthError, ModelInUseError
 from overture.prompt import KVPrefix, SoftPrompt, Value, VirtualTokens
-from overture.runtime.attention import PrefixAttention
+from overture.runtime.attention import Path, PrefixAttention
 from overture.runtime.embedding import TokenRows
 from overture.runtime.rows import PrefixRows, repeats
 from overture.spec import ModelSpec, attention_modules, backbone, unwrapped
@@ -42,6 +42,10 @@ class Rows:
     """What enters at the attention seam."""
     tokens: TokenRows | None
     """What enters at the embedding seam."""
+    path: Path = "auto"
+    """How prefix and text come together in attention."""
+    in_window: bool = False
+    """True if prefixes drop out of sliding windows."""
 
 
 def stands_in_text(spec: ModelSpec, prompt: SoftPrompt | Value | None) -> bool:
@@ -67,6 +71,7 @@ class Host:
         self.layers: dict[int, list[int]] = {}
         for index, module in enumerate(modules):
             self.layers.setdefault(id(module), []).append(index)
+        self.windows = {i: layer.window for i, layer in enumerate(self.spec.layers) if layer.window is not None}
         self.arguments = list(inspect.signature(backbone(model).forward).parameters)
         self.lock = threading.Lock()
         self.owner: Owner | None = None
@@ -166,7 +171,13 @@ class Host:
             if "self" in prefixes.lengths:
                 kwargs["position_ids"] = _positions(kwargs, length, start, prefixes.lengths["self"])
                 self._check_room(kwargs["position_ids"])
-            kwargs[dispatch.KEYWORD] = PrefixAttention(prefixes, self.layers)
+            kwargs[dispatch.KEYWORD] = PrefixAttention(
+                prefixes,
+                self.layers,
+                path=rows.path,
+                windows=self.windows if rows.in_window else None,
+                positions=kwargs.get("position_ids"),
+            )
         return (), kwargs
 
     def _times(self, rows: Rows, ids: Tensor | None, batch: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import cast, get_args
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 from overture.dispatch import require_masks
 from overture.errors import ConfigError
 from overture.prompt import BlockInputs, KVPrefix, SoftPrompt, VirtualTokens
+from overture.runtime.attention import Path
 from overture.runtime.compile import compile_prefixes
 from overture.runtime.embedding import TokenRows
 from overture.runtime.encode import Encoded
@@ -29,7 +31,14 @@ RowPrompt = Piece | tuple[Piece | None, ...] | None
 
 
 @contextmanager
-def prompts(model: nn.Module, rows: RowPrompt | Sequence[RowPrompt], batch: Encoded | None = None) -> Iterator[None]:
+def prompts(
+    model: nn.Module,
+    rows: RowPrompt | Sequence[RowPrompt],
+    batch: Encoded | None = None,
+    *,
+    attention: str = "auto",
+    sliding: str = "visible",
+) -> Iterator[None]:
     """Put prompts before the rows of every batch that `model` sees inside the context.
 
     Works with the model's own forward pass and with `generate` in all its forms: beams and `num_return_sequences`
@@ -40,14 +49,21 @@ def prompts(model: nn.Module, rows: RowPrompt | Sequence[RowPrompt], batch: Enco
         rows: one prompt for all rows, or a sequence with one entry per row. `None` is the frozen model; a tuple of
             prompts within the sequence is their join (see `join`).
         batch: the encoded batch, needed if a prompt's virtual tokens stand inside the text (see `encode`).
+        attention: how a prefix and the text come together: `merge` attends to each apart and joins the results,
+            `concatenate` puts the prefix's keys in front of the text's, and `auto` merges where that is possible and
+            pays. The results are equal but for rounding.
+        sliding: whether layers with a sliding window see a prefix from everywhere (`visible`) or only as long as it is
+            inside the window (`window`), like text.
 
     Raises:
         BaseMismatchError: a prompt was tuned on another base model, or has another shape.
         UnsupportedModelError: the model cannot take this kind of prompt.
         ContextLengthError: joined prompts are longer than the model's context.
-        ConfigError: a prompt stands inside the text, but the batch has no places for it.
+        ConfigError: an option has no such value, or a prompt stands inside the text and the batch has no places for it.
         ModelInUseError: another thread has prompts set on this model.
     """
+    _check_choice("attention", attention, get_args(Path))
+    _check_choice("sliding", sliding, ("visible", "window"))
     model = unwrapped(model)
     host = Host.of(model)
     listed = list(rows) if isinstance(rows, Sequence) and not isinstance(rows, str) else [rows]
@@ -62,8 +78,17 @@ def prompts(model: nn.Module, rows: RowPrompt | Sequence[RowPrompt], batch: Enco
         require_masks(model)
     prefixes = PrefixRows.stack(as_prefixes(model, host, ahead), host.spec.layers, model.device)
     inside = TokenRows(tokens, batch.slots) if batch is not None and batch.slots is not None else None
-    with host.using(Rows(len(listed), prefixes, inside)):
+    with host.using(Rows(len(listed), prefixes, inside, cast(Path, attention), sliding == "window")):
         yield
+
+
+def _check_choice(option: str, got: object, choices: Sequence[str]) -> None:
+    if got not in choices:
+        raise ConfigError(
+            expected=f"{option}= one of {', '.join(map(repr, choices))}",
+            got=repr(got),
+            do=f"choose one of them, or leave {option} out",
+        )
 
 
 def _placed(rows: Sequence[RowPrompt], batch: Encoded | None) -> list[bool]:

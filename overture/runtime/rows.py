@@ -1,6 +1,7 @@
 """Ragged prompts of one batch: which row carries which prefix, of which length.
 
-Shape suffixes: B rows, U distinct prompts, P longest prefix, K key/value heads, D head size, T text.
+Shape suffixes: B rows, U distinct prompts, P longest prefix, H heads, K key/value heads, D head size, T text,
+G groups of rows, N places of a group.
 """
 
 from __future__ import annotations
@@ -9,14 +10,99 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from torch.nn.functional import pad
 
 from overture.prompt import KVPrefix
 from overture.spec import AttentionLayer
 
-__all__ = ["PrefixRows", "repeats"]
+__all__ = ["Fold", "PrefixRows", "repeats"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fold:
+    """The rows of a batch grouped by prompt, so that rows which share a prefix meet it as one long row of queries."""
+
+    choice: tuple[int, ...]
+    """Each row's prompt."""
+    row_lengths: tuple[int, ...]
+    """Length of each row's prefix; 0 for a row without one."""
+    prompts: Int[Tensor, " G"] | None
+    """Index of each group's prompt; None if group i is prompt i."""
+    lengths: Int[Tensor, " G"] | None
+    """Length of each group's prefix; None if they are equally long, so that nothing needs masking."""
+    members: Int[Tensor, "G N"]
+    """The row at each place of a group; row 0 where there is none."""
+    taken: Bool[Tensor, "G N"] | None
+    """False where there is no row; None if every place is taken."""
+    place: Int[Tensor, " B"] | None
+    """Where each row stands, counting through all groups; None if the rows stand in their own order."""
+    prefixed: Bool[Tensor, " B"] | None
+    """False for rows without a prefix; None if every row has one."""
+
+    @classmethod
+    def of(cls, choice: Sequence[int], lengths: Sequence[int], device: torch.device) -> Fold | None:
+        """Group rows by their prompt, leaving out rows whose prefix has length 0; None if they all have."""
+        grouped: dict[int, list[int]] = {}
+        for row, (prompt, length) in enumerate(zip(choice, lengths, strict=True)):
+            if length:
+                grouped.setdefault(prompt, []).append(row)
+        if not grouped:
+            return None
+        rows, groups = sum(map(len, grouped.values())), sorted(grouped.items())
+        if len(groups) * max(map(len, grouped.values())) > 2 * rows:
+            # Filling up the smaller groups would be more work than reading the prefix again for every row.
+            groups = [(prompt, [row]) for prompt, members in groups for row in members]
+        width = max(len(members) for _, members in groups)
+        flat = [row for _, members in groups for row in [*members, *[-1] * (width - len(members))]]
+        place = {row: at for at, row in enumerate(flat) if row >= 0}
+        prompts, long = [prompt for prompt, _ in groups], [lengths[members[0]] for _, members in groups]
+
+        def tensor(values: Sequence[int]) -> Int[Tensor, " _N"]:
+            return torch.tensor(values, device=device)
+
+        members = tensor(flat).unflatten(0, (len(groups), width))
+        return cls(
+            choice=tuple(choice),
+            row_lengths=tuple(lengths),
+            prompts=None if prompts == list(range(len(prompts))) else tensor(prompts),
+            lengths=None if len(set(long)) == 1 else tensor(long),
+            members=members.clamp(min=0),
+            taken=None if rows == len(flat) else members >= 0,
+            place=None if flat == list(range(len(choice))) else tensor([place.get(i, 0) for i in range(len(choice))]),
+            prefixed=None if rows == len(choice) else tensor(lengths) > 0,
+        )
+
+    def repeated(self, times: int) -> Fold | None:
+        """Each row `times` times in a row."""
+        choice, lengths = ([v for v in values for _ in range(times)] for values in (self.choice, self.row_lengths))
+        return Fold.of(choice, lengths, self.members.device)
+
+    def of_groups(self, stacked: Shaped[Tensor, "U ..."]) -> Shaped[Tensor, "G ..."]:
+        """What each group's prompt has in `stacked`."""
+        groups = self.members.shape[0]
+        if self.prompts is not None:
+            return stacked.index_select(0, self.prompts.to(stacked.device))
+        return stacked if stacked.shape[0] == groups else stacked[:groups]
+
+    def gathered(self, rows: Shaped[Tensor, "B H T *D"], empty: float = 0.0) -> Shaped[Tensor, "G H NT *D"]:
+        """The rows of each group behind one another; `empty` at places without a row."""
+        if self.place is None:
+            grouped: Tensor = rows.unflatten(0, tuple(self.members.shape))
+        else:
+            grouped = rows[self.members.to(rows.device)]
+            if self.taken is not None:
+                grouped = _where(self.taken, grouped, empty)
+        return grouped.transpose(1, 2).flatten(2, 3)
+
+    def scattered(self, groups: Shaped[Tensor, "G H NT *D"], without: float = 0.0) -> Shaped[Tensor, "B H T *D"]:
+        """The inverse of `gathered`; `without` for rows that have no prefix, whatever stands in a prefix."""
+        places = self.members.shape[1]
+        rows = groups.unflatten(2, (places, -1)).transpose(1, 2).flatten(0, 1)
+        if self.place is not None:
+            rows = rows[self.place.to(rows.device)]
+        return rows if self.prefixed is None else _where(self.prefixed, rows, without)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,12 +125,15 @@ class PrefixRows:
     """Per part, the length of each row's prefix; 0 for a row without one."""
     uniform: Mapping[str, bool]
     """Per part, True if every row has a prefix of the same length, so that nothing needs masking."""
+    folds: Mapping[str, Fold | None]
+    """Per part, the rows grouped by prompt; None if no row has a prefix for it."""
 
     @classmethod
     def stack(
         cls, rows: Sequence[KVPrefix | None], layers: Sequence[AttentionLayer], device: torch.device
     ) -> PrefixRows | None:
         """Stack the prefixes of a batch, each distinct object once; None if no row has one."""
+        rows = [None if row is None or row.length == 0 else row for row in rows]
         distinct = list({id(row): row for row in rows if row is not None}.values())
         if not distinct:
             return None
@@ -55,13 +144,15 @@ class PrefixRows:
         tensors = [_spread(prefix, layers, like=distinct[0].keys[0]) for prefix in covered]
         parts = tuple(layer.part for layer in layers)
         lengths = {part: [_length(row, part) for row in rows] for part in dict.fromkeys(parts)}
+        choice = [nothing if row is None else place[id(row)] for row in rows]
         return cls(
             keys=tuple(map(_stack, zip(*(keys for keys, _ in tensors), strict=True))),
             values=tuple(map(_stack, zip(*(values for _, values in tensors), strict=True))),
             parts=parts,
-            choice=torch.tensor([nothing if row is None else place[id(row)] for row in rows], device=device),
+            choice=torch.tensor(choice, device=device),
             lengths={part: torch.tensor(found, device=device) for part, found in lengths.items()},
             uniform={part: len(set(found)) == 1 for part, found in lengths.items()},
+            folds={part: Fold.of(choice, found, device) for part, found in lengths.items()},
         )
 
     def longest(self, layer: int) -> int:
@@ -73,7 +164,12 @@ class PrefixRows:
         if times == 1:
             return self
         lengths = {part: found.repeat_interleave(times) for part, found in self.lengths.items()}
-        return replace(self, choice=self.choice.repeat_interleave(times), lengths=lengths)
+        folds = {part: None if fold is None else fold.repeated(times) for part, fold in self.folds.items()}
+        return replace(self, choice=self.choice.repeat_interleave(times), lengths=lengths, folds=folds)
+
+    def fold(self, layer: int) -> Fold | None:
+        """The rows grouped by prompt; None if no row has a prefix for the layer's part."""
+        return self.folds[self.parts[layer]]
 
     def visible(self, layer: int) -> Bool[Tensor, "B P"]:
         """True where a row's prefix has a position in a layer."""
@@ -108,3 +204,9 @@ def _stack(layer: Sequence[Float[Tensor, "K _P D"]]) -> Float[Tensor, "U K P D"]
 def repeats(batch: int, rows: int) -> int | None:
     """How often each of `rows` rows stands in a batch of `batch`, or None if it cannot be."""
     return batch // rows if rows and batch % rows == 0 else None
+
+
+def _where(flags: Bool[Tensor, "*B"], values: Shaped[Tensor, "*rest"], other: float) -> Shaped[Tensor, "*rest"]:
+    """`values` where the flags over their first dimensions are true."""
+    flags = flags.to(values.device).reshape(*flags.shape, *[1] * (values.ndim - flags.ndim))
+    return torch.where(flags, values, other)
