@@ -23,7 +23,7 @@ torch.set_num_threads(1)
 METHODS = [ov.PrefixTuning(num_virtual_tokens=3, reparameterization_hidden=16), ov.PTuning(num_virtual_tokens=3),
            ov.DeepPrompt(num_virtual_tokens=3)]
 OPTIONS = dict(per_device_train_batch_size=3, max_steps=2, learning_rate=1e-2, report_to="none", use_cpu=True,
-               disable_tqdm=True, activation_checkpointing=True, weight_decay=0.0)
+               disable_tqdm=True, gradient_checkpointing=True, weight_decay=0.0)
 
 def make(method):
     torch.manual_seed(0)

@@ -77,7 +77,7 @@ def test_trainer_takes_the_steps_of_a_plain_loop(make_model, make_trainer, examp
     data, rate = examples(), 1e-2
     options = {"max_steps": 4, "per_device_train_batch_size": 12, "lr_scheduler_type": "constant", "max_grad_norm": 0}
     model = ov.PromptModel(make_model(), METHODS["p"])
-    make_trainer(model, data, learning_rate=rate, activation_checkpointing=True, **options).train()
+    make_trainer(model, data, learning_rate=rate, gradient_checkpointing=True, **options).train()
 
     base = make_model().eval()
     plain = ov.PromptModel(base, METHODS["p"]).prompt
@@ -101,7 +101,7 @@ def test_trainer_takes_the_steps_of_a_plain_loop(make_model, make_trainer, examp
 @pytest.mark.parametrize("name", METHODS)
 def test_resumed_equals_uninterrupted_bit_for_bit(name, make_model, make_trainer, examples):
     """Oracle: the run that was not stopped. The model that resumes started elsewhere and saw other random numbers."""
-    options = {"max_steps": 5, "save_steps": 2, "gradient_accumulation_steps": 2, "activation_checkpointing": True}
+    options = {"max_steps": 5, "save_steps": 2, "gradient_accumulation_steps": 2, "gradient_checkpointing": True}
     whole = ov.PromptModel(make_model(dtype=torch.float32), METHODS[name])
     trainer = make_trainer(whole, examples(), **options)
     trainer.train()
