@@ -21,7 +21,7 @@ from overture.runtime.encode import encode
 from overture.runtime.host import Host, stands_in_text
 from overture.runtime.prompts import prompts
 from overture.runtime.rows import PrefixRows
-from overture.spec import ModelSpec
+from overture.spec import ModelSpec, execution_device
 
 __all__ = ["attention_mass", "compiled", "nearest_words", "norms"]
 
@@ -45,7 +45,7 @@ def nearest_words(
 
     Source: Prompt Tuning (arXiv:2104.08691), section 7.
     """
-    embedding, device = model.get_input_embeddings(), model.device
+    embedding, device = model.get_input_embeddings(), execution_device(model)
     size = ModelSpec.of(model).vocab_size
     own_PD = normalize(tokens.embeddings.float().to(device), dim=-1)
     chunks = [torch.arange(i, min(i + _CHUNK, size), device=device) for i in range(0, size, _CHUNK)]
@@ -96,14 +96,14 @@ def attention_mass(
     """
     host = Host.of(model)
     host.spec.require_prefix()
-    batch = encode(tokenizer, [item], [prompt]).to(model.device)
+    batch = encode(tokenizer, [item], [prompt]).to(execution_device(model))
     prefix = compiled(prompt, model)
     arguments: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     if prefix is not None:
-        recorder = _MassRecorder(host, prefix.map(lambda t: t.to(model.device)), None)
-        if "position_ids" in host.arguments:
-            positions = torch.arange(batch.input_ids.shape[1], device=model.device)
-            arguments["position_ids"] = positions[None] + prefix.length
+        recorder = _MassRecorder(host, prefix.map(lambda t: t.to(execution_device(model))), None)
+        if host.spec.first_position is not None:
+            positions = torch.arange(batch.input_ids.shape[1], device=execution_device(model))
+            arguments["position_ids"] = positions[None] + host.spec.first_position + prefix.length
         model(**arguments, use_cache=False, **{dispatch.KEYWORD: recorder})
     else:
         assert batch.slots is not None

@@ -23,7 +23,7 @@ from overture.errors import ContextLengthError, UnsupportedModelError
 from overture.prompt import BlockInputs, KVPrefix, VirtualTokens
 from overture.runtime.embedding import TokenRows
 from overture.runtime.host import Host
-from overture.spec import ModelSpec, backbone, block_modules
+from overture.spec import ModelSpec, backbone, block_modules, execution_device, token_embedding
 
 __all__ = ["Frozen", "compile_prefixes"]
 
@@ -47,6 +47,8 @@ def compile_prefixes(model: PreTrainedModel, values: Sequence[VirtualTokens | Bl
     tokens = [value for value in values if isinstance(value, VirtualTokens)]
     blocks = [value for value in values if isinstance(value, BlockInputs)]
     assert not (tokens and blocks), "one kind of value at a time"
+    if blocks:
+        _require_one_stack(host)
     if tokens and not host.spec.runs_ahead:
         why = "has more than attention between positions" if host.spec.is_decoder else "attends in both directions"
         raise UnsupportedModelError(
@@ -83,7 +85,7 @@ class Frozen:
 
     def __init__(self, model: PreTrainedModel, tokenizer: TextEncoder) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self.embedding = model.get_input_embeddings()
+        self.embedding = token_embedding(model)
 
     @property
     def spec(self) -> ModelSpec:
@@ -97,14 +99,22 @@ class Frozen:
     @torch.no_grad()
     def embed(self, ids: Int[Tensor, " N"]) -> Float[Tensor, "N hidden"]:
         """Input embeddings of token ids, in fp32."""
-        embedded: Tensor = self.embedding(ids.to(self.model.device)[None])
+        embedded: Tensor = self.embedding(ids.to(execution_device(self.model))[None])
         return embedded[0].float().cpu()
 
     @torch.no_grad()
     def activations(self, tokens: VirtualTokens) -> KVPrefix:
-        """Keys and values that every attention layer computes for `tokens` at positions 0..P-1, in fp32."""
+        """Keys and values that every attention layer computes for `tokens` at positions 0..P-1, in fp32.
+
+        On a model that attends in both directions they are those of the tokens alone. The encoder and the decoder of
+        an encoder-decoder both read them.
+        """
         recorder = _KeyValueRecorder()
-        _run(self.model, Host.of(self.model), [tokens], [tokens.length], recorder)
+        host = Host.of(self.model)
+        if self.model.config.is_encoder_decoder:
+            _run_both(self.model, host, tokens, recorder)
+        else:
+            _run(self.model, host, [tokens], [tokens.length], recorder)
         prefix = KVPrefix(tuple(key[0] for key in recorder.keys), tuple(value[0] for value in recorder.values))
         return prefix.map(lambda t: t.float().cpu())
 
@@ -112,6 +122,7 @@ class Frozen:
     def block_inputs(self, tokens: VirtualTokens) -> BlockInputs:
         """What enters every transformer block when `tokens` stand at positions 0..P-1, in fp32."""
         host = Host.of(self.model)
+        _require_one_stack(host)
         with _recorded_inputs(self.model, host.spec) as hidden:
             _run(self.model, host, [tokens], [tokens.length], _KeyValueRecorder())
         if any(h.ndim != 3 for h in hidden):
@@ -121,6 +132,16 @@ class Frozen:
                 do="use Prefix Tuning on this model",
             )
         return BlockInputs(torch.stack([h[0] for h in hidden]).float().cpu())
+
+
+def _require_one_stack(host: Host) -> None:
+    """Raise `UnsupportedModelError` for an encoder-decoder: keys of its cross-attention are of no block's input."""
+    if host.spec.parts not in ((), ("self",)):
+        raise UnsupportedModelError(
+            expected="an encoder or a decoder, for prompts at the input of every block",
+            got=f"{host.spec.base.architecture}, an encoder-decoder",
+            do="use Prefix Tuning on this model",
+        )
 
 
 class _KeyValueRecorder:
@@ -160,16 +181,31 @@ def _run(
             got=str(longest),
             do="use fewer virtual tokens",
         )
-    ids = torch.zeros(len(lengths), longest, dtype=torch.long, device=model.device)
-    positions = torch.arange(longest, device=model.device)
-    slots = torch.where(positions < torch.tensor(lengths, device=model.device)[:, None], positions, -1)
+    device = execution_device(model)
+    ids = torch.zeros(len(lengths), longest, dtype=torch.long, device=device)
+    positions = torch.arange(longest, device=device)
+    slots = torch.where(positions < torch.tensor(lengths, device=device)[:, None], positions, -1)
+    first = host.spec.first_position
+    at: dict[str, Any] = {} if first is None else {"position_ids": (positions + first)[None]}
     with host.using(None), _not_checkpointed(model):
         # Shorter prompts are filled up behind their end, where a decoder's earlier positions cannot look.
         host.window = TokenRows(tokens, slots) if tokens else None
         try:
-            backbone(model)(input_ids=ids, use_cache=False, **{dispatch.KEYWORD: recorder})
+            host.stacks[0](input_ids=ids, use_cache=False, **at, **{dispatch.KEYWORD: recorder})
         finally:
             host.window = None
+
+
+def _run_both(model: PreTrainedModel, host: Host, tokens: VirtualTokens, recorder: _KeyValueRecorder) -> None:
+    """Run an encoder-decoder with `tokens` as the input of both halves."""
+    embedded = tokens.embeddings.to(execution_device(model), model.dtype)[None]
+    source: dict[str, Any] = {"inputs_embeds": embedded}
+    if not host.spec.reads_text:
+        # What an encoder of sound gives is not to be had from tokens. Its last layer norm leaves numbers of unit size.
+        noise = torch.randn(1, tokens.length, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+        source = {"encoder_outputs": (noise.to(embedded),)}
+    with host.using(None), _not_checkpointed(model):
+        backbone(model)(**source, decoder_inputs_embeds=embedded, use_cache=False, **{dispatch.KEYWORD: recorder})
 
 
 @contextmanager
@@ -188,17 +224,14 @@ def _not_checkpointed(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _replaced_inputs(model: PreTrainedModel, spec: ModelSpec, hidden: Float[Tensor, "L U P hidden"]) -> Iterator[None]:
     """Every block's input replaced by its own layer of `hidden`."""
-    replacements = hidden.unbind(0)
+    layers = iter(hidden.unbind(0))
 
-    def hook(layer: int) -> Any:
-        def replace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            given = args[0] if args else kwargs["hidden_states"]
-            new = replacements[layer].to(given)
-            return ((new, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": new})
+    def replace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = args[0] if args else kwargs["hidden_states"]
+        new = next(layers).to(given)
+        return ((new, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": new})
 
-        return replace
-
-    with _hooked(model, spec, hook):
+    with _hooked(model, spec, replace):
         yield
 
 
@@ -207,22 +240,18 @@ def _recorded_inputs(model: PreTrainedModel, spec: ModelSpec) -> Iterator[list[T
     """Every block's input, in order."""
     hidden: list[Tensor] = []
 
-    def hook(layer: int) -> Any:
-        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden.append(args[0] if args else kwargs["hidden_states"])
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden.append(args[0] if args else kwargs["hidden_states"])
 
-        return record
-
-    with _hooked(model, spec, hook):
+    with _hooked(model, spec, record):
         yield hidden
 
 
 @contextmanager
 def _hooked(model: PreTrainedModel, spec: ModelSpec, hook: Any) -> Iterator[None]:
-    handles = [
-        block.register_forward_pre_hook(hook(layer), with_kwargs=True)
-        for layer, block in enumerate(block_modules(model, spec.layers))
-    ]
+    """`hook` before every call of a block. Blocks are called in the order of the layers, one may serve several."""
+    blocks = dict.fromkeys(block_modules(model, spec.layers))
+    handles = [block.register_forward_pre_hook(hook, with_kwargs=True) for block in blocks]
     try:
         yield
     finally:

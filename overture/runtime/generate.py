@@ -16,7 +16,7 @@ from overture.runtime.encode import Encoded, Item, encode
 from overture.runtime.host import stands_in_text
 from overture.runtime.prompts import prompts as using_prompts
 from overture.runtime.tokens import filler_id
-from overture.spec import ModelSpec
+from overture.spec import ModelSpec, execution_device
 
 __all__ = ["foreign_id", "generate", "generate_ids"]
 
@@ -90,7 +90,7 @@ def generate_ids(
     Returns:
         [B, T] new tokens, without the input.
     """
-    batch = batch.to(model.device)
+    batch = batch.to(execution_device(model))
     spec = ModelSpec.of(model)
     highest = int(batch.input_ids.max())
     if highest >= spec.vocab_size:

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from overture import dispatch
-from overture.errors import BaseMismatchError, ConfigError, ContextLengthError, ModelInUseError
+from overture.errors import BaseMismatchError, ConfigError, ContextLengthError, ModelInUseError, UnsupportedModelError
 from overture.prompt import KVPrefix, SoftPrompt, Value, VirtualTokens
 from overture.runtime.attention import Path, PrefixAttention
 from overture.runtime.embedding import TokenRows
 from overture.runtime.rows import PrefixRows, repeats
-from overture.spec import ModelSpec, attention_modules, backbone, unwrapped
+from overture.spec import ModelSpec, attention_modules, stacks, token_embedding, unwrapped
 
 __all__ = ["Host", "Rows", "stands_in_text"]
 
@@ -72,7 +72,7 @@ class Host:
         for index, module in enumerate(modules):
             self.layers.setdefault(id(module), []).append(index)
         self.windows = {i: layer.window for i, layer in enumerate(self.spec.layers) if layer.window is not None}
-        self.arguments = list(inspect.signature(backbone(model).forward).parameters)
+        self.stacks = stacks(model, self.spec.layers)
         self.lock = threading.Lock()
         self.owner: Owner | None = None
         self.rows: Rows | None = None
@@ -83,11 +83,11 @@ class Host:
     def of(cls, model: nn.Module) -> Host:
         """The model's host, made anew when the model's weights have changed."""
         inner = unwrapped(model)
-        base, embedding = backbone(inner), inner.get_input_embeddings()
-        host = _HOSTS.get(base)
+        embedding = token_embedding(inner)
+        host = _HOSTS.get(embedding)
         if host is None or host.spec is not ModelSpec.of(inner):
             host = _HOSTS[embedding] = cls(inner)
-            for entrance in _entrances(base, embedding):
+            for entrance in host.stacks:
                 _HOSTS[entrance] = host
                 # Plain functions that look the host up: a pickled or copied model takes its hooks along.
                 if _before not in entrance._forward_pre_hooks.values():
@@ -118,6 +118,7 @@ class Host:
         got: list[Any]
         wanted: list[Any]
         if isinstance(value, VirtualTokens):
+            self._require_text()
             got, wanted = list(value.embeddings.shape[1:]), [self.spec.hidden_size]
             what = "virtual tokens of the model's hidden size"
         else:
@@ -137,6 +138,14 @@ class Host:
                 do=f"use a prompt tuned for this {self.spec.base.architecture} model",
             )
 
+    def _require_text(self) -> None:
+        if not self.spec.reads_text:
+            raise UnsupportedModelError(
+                expected="a model that reads text, for virtual tokens at its input",
+                got=f"{self.spec.base.architecture}, whose encoder reads something else",
+                do="use Prefix Tuning on this model",
+            )
+
     def _check_parts(self, value: KVPrefix) -> None:
         unknown = set(value.parts or ()) - set(self.spec.parts)
         if unknown or value.parts == ():
@@ -149,30 +158,21 @@ class Host:
     def before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Before a forward pass of the backbone: turn the rows into keywords, which survive recomputation."""
+        """Before a forward pass of a stack: turn the rows into keywords, which survive recomputation."""
         rows = self.rows
         if rows is None or (rows.prefixes is None and rows.tokens is None):
             return None
-        if isinstance(kwargs.get(dispatch.KEYWORD), PrefixAttention):
-            return None  # an entrance around this one was here before
         self._require_owner()
         kwargs = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
-        ids = kwargs.get("input_ids")
-        batch, length = (kwargs["inputs_embeds"] if ids is None else ids).shape[:2]
         past = kwargs.get("past_key_values")
         start = int(past.get_seq_length()) if past is not None else 0
-        times = self._times(rows, ids if start == 0 else None, batch)
-        if rows.tokens is not None and kwargs.get("inputs_embeds") is not None:
-            kwargs["inputs_embeds"] = rows.tokens.window(start, length, times).write(kwargs["inputs_embeds"])
-        elif rows.tokens is not None:
-            self.window = rows.tokens.window(start, length, times)
+        text = _text(kwargs)
+        times = self._times(rows, text if start == 0 else None, text.shape[0])
+        if module is self.stacks[0]:
+            kwargs |= self._placed(rows, kwargs, start, times)
         if rows.prefixes is not None:
-            prefixes = rows.prefixes.repeated(times)
-            if "self" in prefixes.lengths:
-                kwargs["position_ids"] = _positions(kwargs, length, start, prefixes.lengths["self"])
-                self._check_room(kwargs["position_ids"])
             kwargs[dispatch.KEYWORD] = PrefixAttention(
-                prefixes,
+                rows.prefixes.repeated(times),
                 self.layers,
                 path=rows.path,
                 windows=self.windows if rows.in_window else None,
@@ -180,13 +180,46 @@ class Host:
             )
         return (), kwargs
 
-    def _times(self, rows: Rows, ids: Tensor | None, batch: int) -> int:
+    def _placed(self, rows: Rows, kwargs: Mapping[str, Any], start: int, times: int) -> dict[str, Any]:
+        """Virtual tokens in their places, and the positions of the text behind each row's own prefix."""
+        placed: dict[str, Any] = {}
+        ids: Tensor | None = kwargs.get("input_ids")
+        length = (kwargs["inputs_embeds"] if ids is None else ids).shape[1]
+        if rows.tokens is not None:
+            window = rows.tokens.window(start, length, times)
+            if ids is None:
+                placed["inputs_embeds"] = window.write(kwargs["inputs_embeds"])
+            else:
+                # What reads ids beside the embeddings (per-layer inputs, padding) shall find the same id everywhere.
+                placed["input_ids"] = ids.masked_fill(window.slots.to(ids.device) >= 0, 0)
+                self.window = window
+        if self.spec.first_position is not None:
+            offsets = torch.zeros(1, dtype=torch.long) if rows.prefixes is None else rows.prefixes.lengths["self"]
+            placed["position_ids"] = self._positions(kwargs, length, start, offsets.repeat_interleave(times))
+            self._check_room(placed["position_ids"], ahead=rows.prefixes is not None)
+        return placed
+
+    def _positions(
+        self, kwargs: Mapping[str, Any], length: int, start: int, offsets: Int[Tensor, " B"]
+    ) -> Int[Tensor, "... T"]:
+        """Position ids of the text: each row starts at the length of its own prefix."""
+        positions: Tensor | None = kwargs.get("position_ids")
+        if positions is None:
+            mask = kwargs.get("attention_mask")
+            if isinstance(mask, Tensor) and mask.ndim == 2:
+                positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+            else:
+                positions = torch.arange(start, start + length, device=_text(kwargs).device)[None]
+            positions = positions + (self.spec.first_position or 0)
+        return positions + offsets.to(positions.device)[:, None]
+
+    def _times(self, rows: Rows, text: Tensor | None, batch: int) -> int:
         """How often each row stands in the batch: once, or as often as `generate` repeats it."""
         times = repeats(batch, rows.count)
-        if times is not None and times > 1 and rows.count > 1 and ids is not None:
+        if times is not None and times > 1 and rows.count > 1 and text is not None:
             # Beams repeat a row's text with it. Later passes without a cache have grown, each in its own way.
-            self.first_length = min(ids.shape[1], self.first_length or ids.shape[1])
-            groups = ids[:, : self.first_length].unflatten(0, (rows.count, times))
+            self.first_length = min(text.shape[1], self.first_length or text.shape[1])
+            groups = text[:, : self.first_length].unflatten(0, (rows.count, times))
             times = times if bool((groups == groups[:, :1]).all()) else None
         if times is None:
             raise ConfigError(
@@ -204,23 +237,24 @@ class Host:
                 do="enter prompts() in the thread that runs the model, and put all rows into one batch",
             )
 
-    def _check_room(self, positions: Tensor) -> None:
-        limit = self.spec.max_positions
-        if self.spec.learned_positions and limit is not None and int(positions.max()) >= limit:
+    def _check_room(self, positions: Tensor, *, ahead: bool) -> None:
+        if self.spec.learned_positions:
+            limit, what = self.spec.max_positions, "positions"
+        else:
+            # Keys computed ahead of the text are those of a short one.
+            limit, what = self.spec.rotary_limit if ahead else None, "positions, at which its rotary embedding changes"
+        if limit is None:  # reading a number would wait for the device
+            return
+        count = int(positions.max()) - (self.spec.first_position or 0) + 1
+        if count > limit:
             raise ContextLengthError(
-                expected=f"virtual tokens and text within the model's {limit} positions",
-                got=f"{int(positions.max()) + 1} positions",
+                expected=f"virtual tokens and text within the model's {limit} {what}",
+                got=f"{count} positions",
                 do="shorten the text or use a prompt with fewer virtual tokens",
             )
 
 
 _HOSTS: WeakKeyDictionary[nn.Module, Host] = WeakKeyDictionary()
-
-
-def _entrances(base: PreTrainedModel, embedding: nn.Module) -> list[nn.Module]:
-    """Where text may enter: the backbone, and models inside it that a head calls directly (OPT's decoder)."""
-    inside = [module for module in base.modules() if isinstance(module, PreTrainedModel)]
-    return [module for module in inside if any(child is embedding for child in module.modules())]
 
 
 def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -247,16 +281,11 @@ def _me() -> Owner:
     return threading.get_ident(), id(task)
 
 
-def _positions(kwargs: Mapping[str, Any], length: int, start: int, offsets: Int[Tensor, " B"]) -> Int[Tensor, "... T"]:
-    """Position ids of the text: each row starts at the length of its own prefix."""
-    positions: Tensor | None = kwargs.get("position_ids")
-    if positions is None:
-        mask = kwargs.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.ndim == 2:
-            positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
-        else:
-            positions = torch.arange(start, start + length, device=offsets.device)[None]
-    return positions + offsets.to(positions.device)[:, None]
+def _text(kwargs: Mapping[str, Any]) -> Tensor:
+    """What tells the rows of a forward pass apart: a decoder's rows begin alike, and differ in what they look at."""
+    names = ("encoder_hidden_states", "input_ids", "inputs_embeds")
+    found: Tensor = next(kwargs[name] for name in names if kwargs.get(name) is not None)
+    return found
 
 
 def _shape(key: Tensor, value: Tensor) -> tuple[int, ...]:

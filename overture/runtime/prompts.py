@@ -20,7 +20,7 @@ from overture.runtime.encode import Encoded
 from overture.runtime.host import Host, Rows, stands_in_text
 from overture.runtime.rotation import concatenated, shifted
 from overture.runtime.rows import PrefixRows
-from overture.spec import ModelSpec, evaluating, unwrapped
+from overture.spec import ModelSpec, evaluating, execution_device, unwrapped
 
 __all__ = ["Piece", "RowPrompt", "as_prefixes", "check", "prompts"]
 
@@ -76,7 +76,7 @@ def prompts(
     _check_places(host.spec, ahead, tokens, batch)
     if any(row is not None for row in ahead):
         require_masks(model)
-    prefixes = PrefixRows.stack(as_prefixes(model, host, ahead), host.spec.layers, model.device)
+    prefixes = PrefixRows.stack(as_prefixes(model, host, ahead), host.spec.layers, execution_device(model))
     inside = TokenRows(tokens, batch.slots) if batch is not None and batch.slots is not None else None
     with host.using(Rows(len(listed), prefixes, inside, cast(Path, attention), sliding == "window")):
         yield
@@ -171,7 +171,7 @@ def _keep(model: PreTrainedModel, host: Host, new: Mapping[int, SoftPrompt]) -> 
     """Compile saved prompts for every later use, free of what happens to hold now: dropout, autocast, gradient."""
     for prompt in new.values():
         prompt.check_finite()
-    with torch.no_grad(), evaluating(model), torch.autocast(model.device.type, enabled=False):
+    with torch.no_grad(), evaluating(model), torch.autocast(execution_device(model).type, enabled=False):
         for key, prefix in _compiled(model, {key: prompt.value for key, prompt in new.items()}).items():
             host.compiled[new[key]] = prefix.map(torch.Tensor.detach)
 
@@ -180,7 +180,8 @@ def _compiled(
     model: PreTrainedModel, values: Mapping[int, VirtualTokens | KVPrefix | BlockInputs]
 ) -> dict[int, KVPrefix]:
     """Prefixes of values by the same keys, on the model's device; one forward pass for all values of a kind."""
-    ready = {key: v.map(lambda t: t.to(model.device)) for key, v in values.items() if isinstance(v, KVPrefix)}
+    device = execution_device(model)
+    ready = {key: v.map(lambda t: t.to(device)) for key, v in values.items() if isinstance(v, KVPrefix)}
     for kind in (VirtualTokens, BlockInputs):
         group = {key: value for key, value in values.items() if isinstance(value, kind)}
         if group:

@@ -23,7 +23,7 @@ from overture import dispatch
 from overture.errors import ConfigError, ContextLengthError, UnsupportedModelError
 from overture.prompt import KVPrefix
 from overture.runtime.host import Host
-from overture.spec import backbone, evaluating
+from overture.spec import backbone, evaluating, execution_device
 
 __all__ = ["concatenated", "shifted"]
 
@@ -172,7 +172,7 @@ class _Rotation:
         self, ids: Int[Tensor, " N"], positions: Int[Tensor, " N"]
     ) -> tuple[list[Float[Tensor, "N K D"]], list[Float[Tensor, "N K E"]]]:
         """Keys and values of every layer for tokens that stand alone, each at its position; fp64."""
-        recorder, device = _Recorder(), self.model.device
+        recorder, device = _Recorder(), execution_device(self.model)
         with (
             torch.no_grad(),
             evaluating(self.model),

@@ -23,7 +23,7 @@ from overture.runtime.compile import Frozen
 from overture.runtime.fold import fold
 from overture.runtime.prompts import prompts
 from overture.runtime.recompute import Checkpoint, checkpointed_blocks, checkpointing
-from overture.spec import ModelSpec, evaluating, unwrapped
+from overture.spec import ModelSpec, evaluating, execution_device, unwrapped
 from overture.trainer import folder, state
 from overture.trainer.checks import check_adapters, check_leading
 
@@ -79,11 +79,13 @@ class PromptModel(PreTrainedModel):
         with evaluating(model), torch.no_grad():
             self.prompt = method.build(Frozen(inner, tokenizer or _NoWords()), Generator().manual_seed(seed))
             check_leading(method, ModelSpec.of(inner), self.prompt())
-        self.prompt.to(inner.device)
+        self.prompt.to(execution_device(inner))
         # A trained adapter is part of the base and changes with every step: then there is no digest to compare.
         if not train_adapters:
             digest = bytes.fromhex(ModelSpec.of(inner).base.digest)
-            self.register_buffer("base_digest", torch.tensor(list(digest), dtype=torch.uint8, device=inner.device))
+            self.register_buffer(
+                "base_digest", torch.tensor(list(digest), dtype=torch.uint8, device=execution_device(inner))
+            )
         state.install(self)
         self.__class__ = _like(type(self), type(inner))  # type: ignore[arg-type]
         self.train(model.training)
@@ -156,7 +158,7 @@ class PromptModel(PreTrainedModel):
     @property
     def device(self) -> torch.device:
         """The base model's device."""
-        return unwrapped(self.base).device
+        return execution_device(unwrapped(self.base))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -237,7 +239,7 @@ class PromptModel(PreTrainedModel):
     def soft_prompt(self, name: str = "prompt") -> SoftPrompt:
         """The prompt as it stands, for use: networks folded away, fp32 on the CPU."""
         inner = unwrapped(self.base)
-        with torch.no_grad(), evaluating(self), torch.autocast(inner.device.type, enabled=False):
+        with torch.no_grad(), evaluating(self), torch.autocast(execution_device(inner).type, enabled=False):
             value = fold(inner, self.prompt())
         return SoftPrompt(value, ModelSpec.of(inner).base, self.method.template_, self.method.describe(), {}, name)
 

@@ -21,7 +21,7 @@ from overture.prompt import BaseModelId, SoftPrompt
 from overture.runtime.compile import Frozen
 from overture.runtime.fold import fold
 from overture.runtime.tokens import filler_id
-from overture.spec import ModelSpec
+from overture.spec import ModelSpec, execution_device
 from overture.tuning.cohort import Cohort, mean_losses
 from overture.tuning.config import TuneConfig
 from overture.tuning.data import Row, Source, load_rows
@@ -177,7 +177,7 @@ def _trainee(
         rows, dev_rows = _split(rows, config)
     with frozen(model):
         module = method.build(Frozen(model, tokenizer), Generator().manual_seed(config.seed))
-    module.to(model.device)
+    module.to(execution_device(model))
     with torch.no_grad():
         value = module()
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from overture.errors import DivergedError, OvertureError
 from overture.runtime.prompts import RowPrompt
 from overture.runtime.recompute import checkpointed_blocks, checkpointing
+from overture.spec import execution_device
 from overture.tuning.checkpoint import load_checkpoint, save_checkpoint
 from overture.tuning.config import TuneConfig
 from overture.tuning.events import CheckpointSaved, Evaluated, Failed, Finished, Listener, StepDone
@@ -147,7 +148,7 @@ class Cohort:
 
 def precision(model: PreTrainedModel, config: TuneConfig) -> AbstractContextManager[object]:
     """Autocast to bfloat16 if the options and the device say so."""
-    device = model.device.type
+    device = execution_device(model).type
     able = device == "cuda" and torch.cuda.is_bf16_supported()
     if config.precision == "bf16" or (config.precision == "auto" and able):
         return torch.autocast(device, torch.bfloat16)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from overture.runtime.encode import Encoded, batch_rows
 from overture.runtime.prompts import RowPrompt, prompts
-from overture.spec import evaluating
+from overture.spec import evaluating, execution_device
 from overture.tuning.example import Example
 
 __all__ = ["collate", "frozen", "row_losses"]
@@ -42,8 +42,8 @@ def row_losses(
     Returns:
         [B], fp32, differentiable with respect to the prompts.
     """
-    batch = collate(examples, filler).to(model.device)
-    row, column = _targets(examples, model.device)
+    batch = collate(examples, filler).to(execution_device(model))
+    row, column = _targets(examples, execution_device(model))
     with prompts(model, rows, batch), _selected_positions(model, row, column - 1):
         logits: Tensor = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
     losses = cross_entropy(logits.flatten(0, -2).float(), batch.input_ids[row, column], reduction="none")

@@ -74,9 +74,15 @@ def test_models_with_more_than_attention_between_positions_do_not_run_ahead(text
     torch.testing.assert_close(got, _in_context(model, text), rtol=1e-4, atol=1e-4)
 
 
-def test_models_without_position_ids_refuse_a_prefix():
-    model = BartForCausalLM(BartConfig(vocab_size=61, d_model=32, decoder_layers=2, decoder_attention_heads=4)).eval()
-    assert "takes no position_ids" in str(ModelSpec.of(model).refusal)
+def test_models_without_position_ids_keep_virtual_tokens_in_the_text(texts, pad):
+    """Run ahead, the tokens would not move the text behind them. Oracle: the words in the context."""
+    config = BartConfig(vocab_size=61, d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48)
+    model = BartForCausalLM(config).double().eval()
+    assert not ModelSpec.of(model).runs_ahead
+    batch, _ = pad([texts[0]], "right", [[0] * len(WORDS)])
+    with torch.no_grad(), prompts(model, _words(model), batch):
+        got = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[0, len(WORDS) :]
+    torch.testing.assert_close(got, _in_context(model, texts[0]), **TOLERANCE)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # asked by PEFT

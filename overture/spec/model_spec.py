@@ -1,0 +1,139 @@
+"""`ModelSpec`: a frozen model's shape and identity."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from overture.errors import UnsupportedModelError
+from overture.prompt import BaseModelId
+from overture.spec.identity import embedding_scale, identify, rope_parameters
+from overture.spec.modules import backbone, embedding_table, evaluating, text_encoder, unwrapped
+from overture.spec.probe import AttentionLayer, first_position, meets_in_attention_only, record
+
+__all__ = ["ModelSpec"]
+
+_LEARNED_POSITIONS = ("position_embeddings", "wpe", "embed_positions")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """A frozen model's shape and identity."""
+
+    base: BaseModelId
+    """Identity: prompts are refused on any other base."""
+    hidden_size: int
+    """Size of an input embedding."""
+    vocab_size: int
+    """Rows of the input embedding."""
+    embedding_scale: float
+    """Root mean square of the input embeddings, the unit in which random virtual tokens are drawn."""
+    max_positions: int | None
+    """Longest input in tokens, virtual tokens included; None if the config names no limit."""
+    learned_positions: bool
+    """True if positions come from a table, which nothing beyond its end can use."""
+    rotary_limit: int | None
+    """Tokens beyond which the rotary embedding of all positions changes (dynamic scaling); None if it never does."""
+    first_position: int | None
+    """Position of a text's first token; None where the model takes none, and a prefix stands at no position."""
+    layers: tuple[AttentionLayer, ...]
+    """Attention calls in order."""
+    is_decoder: bool
+    """True if every attention call is causal."""
+    runs_ahead: bool
+    """True if leading virtual tokens can be run ahead: a decoder whose positions meet in attention alone."""
+    reads_text: bool
+    """True if the model reads token ids; an encoder-decoder may read sound or pictures."""
+    num_parameters: int
+    """Parameters of the base model (tied ones once)."""
+    refusal: str | None
+    """Why a `KVPrefix` cannot enter this model; None if it can."""
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> ModelSpec:
+        """Probe `model` with forward passes of two tokens; later calls return the same value while its weights stay.
+
+        Raises:
+            UnsupportedModelError: the model has no token embedding to prompt.
+        """
+        model = unwrapped(model)
+        # Every change of a weight in place counts up its version.
+        version = sum(parameter._version for parameter in model.parameters())
+        known = _SPECS.get(model)
+        if known is None or known[0] != version:
+            known = _SPECS[model] = (version, _probe(model))
+        return known[1]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts that the attention calls belong to, each once, in order."""
+        return tuple(dict.fromkeys(layer.part for layer in self.layers))
+
+    def layers_of(self, parts: tuple[str, ...] | None) -> tuple[AttentionLayer, ...]:
+        """The attention calls of some parts, in order; of all if `parts` is None."""
+        return tuple(layer for layer in self.layers if parts is None or layer.part in parts)
+
+    def require_prefix(self) -> None:
+        """Raise `UnsupportedModelError` unless a `KVPrefix` can enter the model's attention."""
+        if self.refusal is not None:
+            raise UnsupportedModelError(
+                expected="a model whose attention runs through transformers' attention interface",
+                got=f"{self.base.architecture}: {self.refusal}",
+                do="use Prompt Tuning or P-Tuning at the embedding layer on this model, "
+                "or Prefix Tuning on a model such as Llama, Qwen, Gemma, Mistral, GPT-2 or OPT",
+            )
+
+
+_SPECS: WeakKeyDictionary[nn.Module, tuple[int, ModelSpec]] = WeakKeyDictionary()
+
+
+def _probe(model: PreTrainedModel) -> ModelSpec:
+    table = embedding_table(model)
+    with torch.no_grad(), evaluating(model):
+        layers, refusal = record(model)
+        first = first_position(model, layers)
+        causal = bool(layers) and all(layer.causal for layer in layers)
+        # Text must start behind the virtual tokens, as it would if they were in the input.
+        runs_ahead = causal and first is not None and meets_in_attention_only(model, layers)
+        base = identify(model, layers)
+        scale = embedding_scale(model)
+    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return ModelSpec(
+        base=base,
+        hidden_size=int(table.shape[1]),
+        vocab_size=int(table.shape[0]),
+        embedding_scale=scale,
+        max_positions=None if longest is None else longest - (first or 0),
+        learned_positions=_has_position_table(backbone(model)),
+        rotary_limit=_rotary_limit(model, longest),
+        first_position=first,
+        layers=layers,
+        is_decoder=causal,
+        runs_ahead=runs_ahead,
+        reads_text=not model.config.is_encoder_decoder or text_encoder(model) is not None,
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        refusal=refusal,
+    )
+
+
+def _has_position_table(base: nn.Module) -> bool:
+    return any(
+        isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _LEARNED_POSITIONS
+        for name, module in base.named_modules()
+    )
+
+
+def _rotary_limit(model: PreTrainedModel, longest: int | None) -> int | None:
+    """The length at which the rotary embeddings that depend on it begin to."""
+    limits = []
+    for found in rope_parameters(model):
+        kind = str(found.get("rope_type"))
+        if kind == "longrope":
+            limits.append(found.get("original_max_position_embeddings") or longest)
+        elif "dynamic" in kind:
+            limits.append(longest)
+    return min((limit for limit in limits if limit is not None), default=None)

@@ -1,0 +1,144 @@
+"""The modules of a transformers model that Overture has to do with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from overture.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from overture.spec.probe import AttentionLayer
+
+__all__ = [
+    "attention_modules",
+    "backbone",
+    "block_modules",
+    "embedding_table",
+    "evaluating",
+    "execution_device",
+    "hooks",
+    "stack",
+    "stacks",
+    "text_encoder",
+    "token_embedding",
+    "unwrapped",
+]
+
+
+def unwrapped(model: nn.Module) -> PreTrainedModel:
+    """The transformers model itself, without a wrapper such as PEFT's.
+
+    Raises:
+        UnsupportedModelError: it is no transformers model.
+    """
+    inner = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(inner, PreTrainedModel):
+        raise UnsupportedModelError(
+            expected="a transformers model",
+            got=type(model).__name__,
+            do="pass what AutoModelForCausalLM.from_pretrained(...) or overture.load_base(...) returns",
+        )
+    return inner
+
+
+def backbone(model: nn.Module) -> PreTrainedModel:
+    """The model without its head."""
+    return cast(PreTrainedModel, unwrapped(model).base_model)
+
+
+def text_encoder(model: PreTrainedModel) -> PreTrainedModel | None:
+    """The encoder of an encoder-decoder, if what it reads is token ids (and no sound or picture)."""
+    if not model.config.is_encoder_decoder or model.main_input_name != "input_ids":
+        return None
+    return cast(PreTrainedModel, model.get_encoder())
+
+
+def token_embedding(model: PreTrainedModel) -> nn.Module:
+    """The module that embeds what the model reads: in an encoder-decoder the encoder's own, whose table both share."""
+    return (text_encoder(model) or model).get_input_embeddings()
+
+
+def embedding_table(model: PreTrainedModel) -> torch.Tensor:
+    """The table of `token_embedding`. Of an offloaded model it has a shape, but no numbers.
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
+    weight: torch.Tensor | None = getattr(token_embedding(model), "weight", None)
+    if weight is None:
+        raise UnsupportedModelError(
+            expected="a model with an input embedding table",
+            got=type(model).__name__,
+            do="pass a transformers text model, such as AutoModelForCausalLM.from_pretrained(...)",
+        )
+    return weight
+
+
+def stack(model: PreTrainedModel, modules: Iterable[nn.Module]) -> PreTrainedModel:
+    """The innermost model inside the backbone that holds all of `modules`.
+
+    Every way into these modules passes through it: some heads call past the backbone (OPT), a vision-language model
+    calls its language model with embeddings, and `generate` calls an encoder and a decoder on their own.
+    """
+    wanted = set(map(id, modules))
+    models = [module for module in backbone(model).modules() if isinstance(module, PreTrainedModel)]
+    holding = [module for module in models if wanted <= set(map(id, module.modules()))]
+    # Outer models come before those inside them.
+    return holding[-1]
+
+
+def stacks(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> list[PreTrainedModel]:
+    """The models through which text enters the attention layers: one, or an encoder and a decoder."""
+    modules = attention_modules(model, layers)
+    encoder = [module for module, layer in zip(modules, layers, strict=True) if layer.part == "encoder"]
+    others = [module for module, layer in zip(modules, layers, strict=True) if layer.part != "encoder"]
+    if text_encoder(model) is not None:
+        found = [stack(model, [token_embedding(model), *encoder]), stack(model, others)]
+    else:
+        found = [stack(model, [token_embedding(model), *others])]
+    return list(dict.fromkeys(found))
+
+
+def block_modules(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> list[nn.Module]:
+    """The transformer block around each attention call."""
+    modules = dict(backbone(model).named_modules())
+    return [modules[layer.block] for layer in layers]
+
+
+def attention_modules(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> list[nn.Module]:
+    """The module that makes each attention call."""
+    modules = dict(backbone(model).named_modules())
+    return [modules[layer.name] for layer in layers]
+
+
+def execution_device(model: PreTrainedModel) -> torch.device:
+    """Where the model's input goes. Offloaded weights are elsewhere between forward passes, or on no device at all."""
+    for hook in hooks(token_embedding(model)):
+        device = getattr(hook, "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return embedding_table(model).device
+
+
+def hooks(module: nn.Module) -> list[Any]:
+    """The hooks of accelerate that bring a module's weights in when it runs."""
+    hook = getattr(module, "_hf_hook", None)
+    return [] if hook is None else list(getattr(hook, "hooks", (hook,)))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode; each as it was afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
