@@ -18,6 +18,7 @@ from overture.runtime.compile import compile_prefixes
 from overture.runtime.embedding import TokenRows
 from overture.runtime.encode import Encoded
 from overture.runtime.host import Host, Rows, stands_in_text
+from overture.runtime.recompute import prefixes_as_arguments
 from overture.runtime.rotation import concatenated, shifted
 from overture.runtime.rows import PrefixRows
 from overture.spec import ModelSpec, evaluating, execution_device, unwrapped
@@ -78,7 +79,8 @@ def prompts(
         require_masks(model)
     prefixes = PrefixRows.stack(as_prefixes(model, host, ahead), host.spec.layers, execution_device(model))
     inside = TokenRows(tokens, batch.slots) if batch is not None and batch.slots is not None else None
-    with host.using(Rows(len(listed), prefixes, inside, cast(Path, attention), sliding == "window")):
+    ready = Rows(len(listed), prefixes, inside, cast(Path, attention), sliding == "window")
+    with host.using(ready), prefixes_as_arguments(model):
         yield
 
 

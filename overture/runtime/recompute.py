@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -16,7 +16,7 @@ from overture.dispatch import KEYWORD
 from overture.runtime.attention import PrefixAttention
 from overture.spec import ModelSpec, block_modules
 
-__all__ = ["Checkpoint", "checkpointed_blocks", "checkpointing"]
+__all__ = ["Checkpoint", "checkpointed_blocks", "checkpointing", "prefixes_as_arguments"]
 
 Checkpoint = Callable[..., Any]
 """Called with a function and its positional arguments; computes it now and again in the backward pass."""
@@ -50,6 +50,35 @@ def checkpointed_blocks(
                 del block.forward
             else:
                 block.forward = before
+
+
+@contextmanager
+def prefixes_as_arguments(model: PreTrainedModel) -> Iterator[None]:
+    """Let transformers' own reentrant checkpointing, where it is on, hand on the gradient of prefixes."""
+    modules: Iterable[Any] = model.modules() if model.training else ()
+    functions = {
+        module: module._gradient_checkpointing_func
+        for module in modules
+        if getattr(module, "gradient_checkpointing", False) and _reentrant(module._gradient_checkpointing_func)
+    }
+    for module, function in functions.items():
+        module._gradient_checkpointing_func = partial(_called, function)
+    try:
+        yield
+    finally:
+        for module, function in functions.items():
+            module._gradient_checkpointing_func = function
+
+
+def _reentrant(function: object) -> bool:
+    return isinstance(function, partial) and bool(function.keywords.get("use_reentrant"))
+
+
+def _called(function: Checkpoint, call: Callable[..., Any], *args: Any) -> Any:
+    """What transformers calls: a block bound to its keywords, and its positional arguments."""
+    if not isinstance(call, partial):
+        return function(call, *args)
+    return _recomputed(function, partial(call.func, *call.args), *args, **call.keywords)
 
 
 def _recomputed(function: Checkpoint, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

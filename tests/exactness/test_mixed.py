@@ -134,18 +134,18 @@ def test_any_mix_of_lengths(llama, lengths, side):
             torch.testing.assert_close(mixed[i, windows[i]], llama(input_ids=text[None]).logits[0], **TOLERANCE)
 
 
-@pytest.mark.parametrize("kind", ["transformers", "overture"])
+@pytest.mark.parametrize("kind", ["transformers", "transformers-reentrant", "overture"])
 def test_gradient_checkpointing_changes_nothing(shape, make_model, texts, pad, kind):
     """Oracle: the same gradients without checkpointing. Recomputation runs after the context has ended."""
     batch, windows = pad(texts, "right", _places(texts))
     gradients = {}
     for active in (False, True):
         model = make_model(shape)
-        if active and kind == "transformers":
+        if active and kind != "overture":
             model.config.use_cache = False
             # transformers 5.23 renamed the switch.
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
+            enable({"use_reentrant": kind == "transformers-reentrant"})
             model.train()
             for module in model.modules():
                 if isinstance(module, torch.nn.Dropout):
