@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from overture.runtime.generate import generate as generate
     from overture.runtime.prompts import prompts as prompts
     from overture.spec import ModelSpec as ModelSpec
+    from overture.store import PromptStore as PromptStore
     from overture.template import Template as Template
     from overture.trainer import PromptModel as PromptModel
     from overture.tuning.api import tune as tune
@@ -43,6 +44,7 @@ _HOMES = {
     "PTuning": "methods",
     "PrefixTuning": "methods",
     "PromptModel": "trainer",
+    "PromptStore": "store",
     "PromptTuning": "methods",
     "SoftPrompt": "prompt",
     "Template": "template",

@@ -12,6 +12,7 @@ __all__ = [
     "ModelInUseError",
     "OvertureError",
     "PromptFileError",
+    "StoreError",
     "UnknownPromptError",
     "UnsupportedModelError",
 ]
@@ -57,6 +58,12 @@ class PromptFileError(OvertureError):
 
 class CheckpointError(OvertureError):
     """A training checkpoint that is damaged, or was made by a different run."""
+
+    exit_code = 4
+
+
+class StoreError(OvertureError):
+    """A prompt store that is missing, damaged, of another version, locked by another key, or cannot be reached."""
 
     exit_code = 4
 

@@ -10,17 +10,19 @@ from pathlib import Path
 
 from overture.errors import OvertureError
 
-__all__ = ["remove_leftovers", "write_atomically"]
+__all__ = ["TEMPORARY", "remove_leftovers", "sync_folder", "write_atomically"]
 
-_TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp")
+TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp")
+"""Names of files that are being written."""
 
 
-def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
+def write_atomically(path: str | os.PathLike[str], data: bytes, *, mode: int = 0o666) -> None:
     """Put `data` under `path` so that a kill or a power cut leaves the old content or the new, never a mixture.
 
     Args:
         path: the file to make or to replace; its folder must exist.
         data: the whole content.
+        mode: permissions of the file, less those that the user's umask takes away.
 
     Raises:
         OvertureError: the folder is missing or cannot be written, `path` is a folder, or the disk is full.
@@ -30,13 +32,13 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     temporary = target.parent / f".{secrets.token_hex(8)}.tmp"
     try:
         try:
-            _write(temporary, data)
+            _write(temporary, data, mode)
             os.replace(temporary, target)
         except BaseException:  # an interrupt from the keyboard included
             with suppress(OSError, ValueError):
                 temporary.unlink()
             raise
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
     except (OSError, ValueError) as error:
         raise _explained(target, error) from None
 
@@ -44,14 +46,14 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
 def remove_leftovers(folder: str | os.PathLike[str]) -> None:
     """Delete what killed calls of `write_atomically` left in a folder that nobody else is writing to."""
     for path in Path(folder).iterdir():
-        if _TEMPORARY.fullmatch(path.name) and path.is_file():
+        if TEMPORARY.fullmatch(path.name) and path.is_file():
             with suppress(OSError):
                 path.unlink()
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: Path, data: bytes, mode: int) -> None:
     # Not `tempfile`: its files are readable by their owner only, whatever the user's umask says.
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), mode)
     with open(descriptor, "wb", buffering=0) as file:
         rest = memoryview(data)
         while rest:
@@ -59,7 +61,8 @@ def _write(path: Path, data: bytes) -> None:
         os.fsync(descriptor)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: str | os.PathLike[str]) -> None:
+    """Write a folder's names to the disk: files made, renamed and deleted in it."""
     if not hasattr(os, "O_DIRECTORY"):  # Windows: folders cannot be opened, and renames are journalled.
         return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

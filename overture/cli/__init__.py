@@ -24,7 +24,7 @@ EXIT_CODES = {
     1: "any other error",
     2: "wrong option or configuration",
     3: "data missing, empty or with a bad row",
-    4: "prompt file or checkpoint missing, damaged or of another version",
+    4: "prompt file, checkpoint or store missing, damaged or of another version",
     5: "prompt and model do not fit, or the model cannot do it",
     6: "the run failed on the way",
     130: "interrupted",

@@ -73,7 +73,7 @@ def dumps(prompt: SoftPrompt) -> bytes:
         return _encode(prompt)
 
 
-def loads(data: bytes, source: str, *, max_bytes: int = MAX_FILE_BYTES) -> SoftPrompt:
+def loads(data: bytes | memoryview, source: str, *, max_bytes: int = MAX_FILE_BYTES) -> SoftPrompt:
     """The prompt in `data`, the content of a prompt file.
 
     Args:
