@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from overture.runtime.compose import average as average
     from overture.runtime.compose import join as join
     from overture.runtime.encode import encode as encode
+    from overture.runtime.ensemble import ensemble as ensemble
     from overture.runtime.generate import generate as generate
     from overture.runtime.prompts import prompts as prompts
     from overture.spec import ModelSpec as ModelSpec
@@ -54,6 +55,7 @@ _HOMES = {
     "average": "runtime.compose",
     "compile_prefixes": "runtime.compile",
     "encode": "runtime.encode",
+    "ensemble": "runtime.ensemble",
     "evaluate": "tuning.evaluate",
     "generate": "runtime.generate",
     "join": "runtime.compose",

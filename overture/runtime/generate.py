@@ -18,7 +18,7 @@ from overture.runtime.prompts import prompts as using_prompts
 from overture.runtime.tokens import filler_id
 from overture.spec import ModelSpec, execution_device
 
-__all__ = ["foreign_id", "generate", "generate_ids"]
+__all__ = ["foreign_id", "generate", "generate_ids", "require_generation", "room"]
 
 _DEFAULT_NEW_TOKENS = 64
 
@@ -54,7 +54,7 @@ def generate(
         UnsupportedModelError: the model cannot generate, or is an encoder-decoder.
         BaseMismatchError: a prompt belongs to another base model.
     """
-    _require_generation(model)
+    require_generation(model)
     rows = list(prompts) if isinstance(prompts, Sequence) else [prompts] * len(inputs)
     if len(rows) != len(inputs):
         raise ConfigError(
@@ -91,12 +91,8 @@ def generate_ids(
         [B, T] new tokens, without the input.
     """
     batch = batch.to(execution_device(model))
-    spec = ModelSpec.of(model)
-    highest = int(batch.input_ids.max())
-    if highest >= spec.vocab_size:
-        raise foreign_id(highest, spec.vocab_size)
     options = {name: value for name, value in options.items() if value is not None}
-    options |= _lengths(options, _room(spec, rows, batch), batch.input_ids.shape[1])
+    options |= _lengths(options, room(ModelSpec.of(model), rows, batch), batch.input_ids.shape[1])
     options = {"pad_token_id": filler} | options
     with using_prompts(model, rows, batch):
         out = cast(Any, model).generate(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **options)
@@ -113,7 +109,8 @@ def foreign_id(found: int, vocab_size: int) -> DataError:
     )
 
 
-def _require_generation(model: PreTrainedModel) -> None:
+def require_generation(model: PreTrainedModel) -> None:
+    """Raise `UnsupportedModelError` unless the model is a causal language model."""
     if model.config.is_encoder_decoder or not model.can_generate():
         raise UnsupportedModelError(
             expected="a causal language model that can generate",
@@ -122,8 +119,16 @@ def _require_generation(model: PreTrainedModel) -> None:
         )
 
 
-def _room(spec: ModelSpec, rows: Sequence[SoftPrompt | None], batch: Encoded) -> int | None:
-    """New tokens that fit behind the longest row; None if there is no limit."""
+def room(spec: ModelSpec, rows: Sequence[SoftPrompt | None], batch: Encoded) -> int | None:
+    """New tokens that fit behind the longest row; None if there is no limit.
+
+    Raises:
+        DataError: an id that the model has no embedding for.
+        ContextLengthError: there is no room.
+    """
+    highest = int(batch.input_ids.max())
+    if highest >= spec.vocab_size:
+        raise foreign_id(highest, spec.vocab_size)
     if spec.max_positions is None:
         return None
     ahead = [0 if row is None or stands_in_text(spec, row) else row.length for row in rows]
