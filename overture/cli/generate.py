@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -34,6 +35,16 @@ def generate(
         float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens of this mass.")
     ] = 1.0,
     beams: Annotated[int, typer.Option(min=1, help="Beams of a beam search.")] = 1,
+    ensemble: Annotated[
+        str | None,
+        typer.Option(
+            metavar="vote|mean",
+            help="Let all prompts give one answer: the one that most of them give, or by their mean log-probability.",
+        ),
+    ] = None,
+    choice: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="A possible answer of the ensemble; repeatable.")
+    ] = None,
     seed: Seed = 0,
     stream: Annotated[bool, typer.Option("--stream", help="Print words as they come (one text, one prompt).")] = False,
     as_json: Json = False,
@@ -41,6 +52,7 @@ def generate(
 ) -> None:
     """Answer texts with one or several prompts. Several prompts answer each text side by side, in one mixed batch."""
     ui = Ui(as_json, quiet)
+    _check_ensemble(ensemble, choice, stream)
     named = prompt or ["none"]
     inputs = _inputs(text, columns(column), chat)
     if stream and (as_json or beams > 1 or len(named) * len(inputs) != 1):
@@ -59,6 +71,11 @@ def generate(
     if stream:
         _stream(session, inputs[0], options, seed)
         return
+    if ensemble is not None:
+        with ui.busy(f"Answering {len(inputs)} texts with {len(named)} prompts together"):
+            rows = _together(session, inputs, ensemble, choice, {} if choice else options, seed)
+        ui.result({"model": model, "ensemble": ensemble, "rows": rows}, _render_together(ui, rows))
+        return
     with ui.busy(f"Generating {len(named) * len(inputs)} rows in one batch"):
         answers = _answers(session, inputs, options, seed)
     shown = [_words(item) for item in inputs]
@@ -68,6 +85,15 @@ def generate(
         for j, name in enumerate(session.prompts)
     ]
     ui.result({"model": model, "rows": rows}, *_render(ui, rows, len(session.prompts)))
+
+
+def _check_ensemble(how: str | None, choices: Sequence[str] | None, stream: bool) -> None:
+    if how not in (None, "vote", "mean"):
+        raise ConfigError(expected="--ensemble vote or --ensemble mean", got=repr(how), do="choose one of the two")
+    if how is None and choices:
+        raise ConfigError(expected="--choice with --ensemble", got="--choice alone", do="add --ensemble vote")
+    if how is not None and stream:
+        raise ConfigError(expected="--ensemble or --stream", got="both", do="leave --stream out")
 
 
 def _inputs(texts: Sequence[str] | None, row: Mapping[str, str], chat: bool) -> list[Any]:
@@ -105,6 +131,25 @@ def _answers(session: Session, inputs: Sequence[Any], options: Mapping[str, Any]
     return run(session.model, session.tokenizer, prompts * len(inputs), texts, **options)
 
 
+def _together(
+    session: Session,
+    inputs: Sequence[Any],
+    how: str,
+    choices: Sequence[str] | None,
+    options: Mapping[str, Any],
+    seed: int,
+) -> list[dict[str, Any]]:
+    from transformers import set_seed
+
+    from overture.runtime.ensemble import ensemble
+
+    set_seed(seed)
+    members = list(session.prompts.values())
+    chosen: Any = how
+    answers = ensemble(session.model, session.tokenizer, members, inputs, choices=choices, how=chosen, **options)
+    return [{"text": _words(item), **asdict(answer)} for item, answer in zip(inputs, answers, strict=True)]
+
+
 def _stream(session: Session, item: Any, options: Mapping[str, Any], seed: int) -> None:
     from transformers import TextStreamer, set_seed
 
@@ -128,3 +173,15 @@ def _render(ui: Ui, rows: Sequence[Mapping[str, str]], width: int) -> list[Any]:
             table.add_row(name, Text(row["answer"]))
         parts += [Text(rows[start]["text"], style="italic"), table]
     return parts
+
+
+def _render_together(ui: Ui, rows: Sequence[Mapping[str, Any]]) -> Any:
+    from rich.text import Text
+
+    if len(rows) == 1:
+        return rows[0]["answer"]
+    table = ui.table("text", "answer", "votes")
+    for row in rows:
+        votes = ", ".join(f"{count} {answer!r}" for answer, count in row["votes"].items()) or "-"
+        table.add_row(Text(row["text"], style="italic"), Text(row["answer"], style="bold"), Text(votes))
+    return table

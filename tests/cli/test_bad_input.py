@@ -127,6 +127,10 @@ def test_empty_text_and_mixed_inputs(run: Run, llama: Path) -> None:
     check(run("generate", "", "--model", llama), 3, "empty")
     check(run("generate", "x", "--model", llama, "--column", "a=b"), 2, "--column")
     check(run("generate", "x", "y", "--model", llama, "--stream"), 2, "--stream")
+    check(run("generate", "x", "--model", llama, "--stream", "--ensemble", "vote"), 2, "--stream")
+    check(run("generate", "x", "--model", llama, "--ensemble", "most"), 2, "--ensemble vote")
+    check(run("generate", "x", "--model", llama, "--choice", "yes"), 2, "--choice")
+    check(run("generate", "x", "--model", llama, "--ensemble", "mean", "--beams", 2), 2, "num_beams")
 
 
 def test_checkpoint_of_another_run(run: Run, llama: Path, rows: Path, tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import overture as ov
+
 from .conftest import Run
 
 SHORT = ["--max-new-tokens", 5]
@@ -77,6 +79,30 @@ def test_generate_samples_by_seed_and_takes_beams(run: Run, llama: Path) -> None
     assert hot[0] == hot[1]
     assert len(set(hot)) > 1
     assert run(*words, "--beams", 3).code == 0
+
+
+@pytest.mark.parametrize("how", ["vote", "mean"])
+@pytest.mark.parametrize("choices", [[], ["one", "two"]], ids=["written", "choices"])
+def test_generate_as_an_ensemble(run: Run, llama: Path, prompts: dict[str, Path], how: str, choices: list[str]) -> None:
+    """Oracle: `overture.ensemble`."""
+    paths = [prompts["kv"], prompts["tokens"], prompts["inside"]]
+    model, tokenizer = ov.load_base(str(llama))
+    options = {"choices": choices} if choices else {"max_new_tokens": 5, "do_sample": False}
+    wanted = ov.ensemble(
+        model, tokenizer, [ov.SoftPrompt.load(p) for p in paths], ["say", "say two"], how=how, **options
+    )
+    words = ["generate", "--model", llama, "--ensemble", how, *(w for c in choices for w in ("--choice", c)), *SHORT]
+    words += [word for path in paths for word in ("--prompt", path)]
+    rows = run(*words, "say", "say two", "--json").document["rows"]
+    assert rows == [
+        {"text": text, "answer": a.answer, "votes": dict(a.votes), "scores": pytest.approx(dict(a.scores), abs=1e-4)}
+        for text, a in zip(["say", "say two"], wanted, strict=True)
+    ]
+    alone = run(*words, "say")
+    assert alone.code == 0
+    if choices:  # what a random model writes has control characters, which no terminal gets
+        assert alone.out.strip() == wanted[0].answer
+    assert run(*words, "say", "say two").code == 0
 
 
 def test_generate_with_chat_and_columns(run: Run, llama: Path, prompts: dict[str, Path]) -> None:
