@@ -23,7 +23,7 @@ from overture.runtime.generate import generate_ids, require_generation, room
 from overture.runtime.joint import asked, jointly
 from overture.runtime.prompts import prompts as using_prompts
 from overture.runtime.tokens import eos_ids, filler_id, text_ids
-from overture.spec import ModelSpec, evaluating
+from overture.spec import ModelSpec, evaluating, execution_device
 
 __all__ = ["EnsembleAnswer", "ensemble"]
 
@@ -164,7 +164,7 @@ class _Group:
         """Log-probability of the ids behind the row, for every pair of the two."""
         longest = max(len(ids) for _, ids in pairs)
         rows = [self.rows[row] for row, _ in pairs]
-        batch = _extended(self.batch, pairs, longest, self.filler).to(self.model.device)
+        batch = _extended(self.batch, pairs, longest, self.filler).to(execution_device(self.model))
         room(ModelSpec.of(self.model), rows, batch)
         keep: dict[str, Any] = {}
         if "logits_to_keep" in inspect.signature(self.model.forward).parameters:

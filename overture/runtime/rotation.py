@@ -23,7 +23,7 @@ from overture import dispatch
 from overture.errors import ConfigError, ContextLengthError, UnsupportedModelError
 from overture.prompt import KVPrefix
 from overture.runtime.host import Host
-from overture.spec import backbone, evaluating, execution_device
+from overture.spec import evaluating, execution_device
 
 __all__ = ["concatenated", "shifted"]
 
@@ -61,7 +61,7 @@ def shifted(model: PreTrainedModel, prefix: KVPrefix, offset: int) -> KVPrefix:
     """The prefix at positions offset..offset+P-1 instead of 0..P-1; differentiable with respect to it.
 
     Only keys that a rotary embedding turns change. Learned positions are part of what a prompt's tokens computed,
-    values have no position, and in an encoder-decoder a prefix stands at none.
+    values have no position, and in models that are told none (encoder-decoders) a prefix stands at none.
 
     Raises:
         ContextLengthError: it would end behind the model's context.
@@ -75,7 +75,7 @@ def shifted(model: PreTrainedModel, prefix: KVPrefix, offset: int) -> KVPrefix:
             got=str(end),
             do="join fewer prompts, or use prompts with fewer virtual tokens",
         )
-    if offset == 0 or host.spec.learned_positions or any(layer.part != "self" for layer in host.spec.layers):
+    if offset == 0 or host.spec.learned_positions or host.spec.first_position is None:
         return prefix
     rotation = _ROTATIONS.get(host)
     if rotation is None:
@@ -179,9 +179,9 @@ class _Rotation:
             torch.autocast(device.type, enabled=False),
             self.host.using(None),
         ):
-            backbone(self.model)(
+            self.host.stacks[0](
                 input_ids=ids[:, None].to(device),
-                position_ids=positions[:, None].to(device),
+                position_ids=(positions + (self.host.spec.first_position or 0))[:, None].to(device),
                 use_cache=False,
                 **{dispatch.KEYWORD: recorder},
             )
