@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import ClassVar
 
 import torch
@@ -17,10 +18,12 @@ from overture.errors import ConfigError
 from overture.methods.base import FrozenModel, Method, PromptModule, check_count, seeded
 from overture.methods.init import prompt_length, random_like, reference_tokens, start_tokens
 from overture.methods.offsets import FreeOffset, MLPOffset, Offset
-from overture.prompt import KVPrefix
-from overture.spec import AttentionLayer
+from overture.prompt import KVPrefix, VirtualTokens
+from overture.spec import AttentionLayer, ModelSpec
 
 __all__ = ["PrefixModule", "PrefixTuning"]
+
+_PARTS = ("encoder", "decoder", "cross")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +38,9 @@ class PrefixTuning(Method):
     """Hidden size of that network, 1 or more."""
     dropout: float = 0.0
     """Dropout on the keys and values, 0 up to (not including) 1; 0 to 0.1 is usual."""
+    parts: tuple[str, ...] | None = None
+    """Of an encoder-decoder, the parts with a prefix: `"encoder"`, `"decoder"` (its self-attention), `"cross"`.
+    None: all of them."""
 
     def __post_init__(self) -> None:
         Method.__post_init__(self)
@@ -42,6 +48,13 @@ class PrefixTuning(Method):
         dropout: object = self.dropout
         if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
             raise ConfigError(expected="dropout in [0, 1)", got=repr(dropout), do="use the default, 0.0")
+        parts: object = self.parts
+        if parts is not None and (not isinstance(parts, tuple) or not parts or set(parts) - set(_PARTS)):
+            raise ConfigError(
+                expected=f"parts to be some of {', '.join(_PARTS)}",
+                got=repr(parts),
+                do="write a tuple such as ('encoder', 'cross'), or leave it out for all parts",
+            )
 
     @property
     def learning_rate(self) -> float:
@@ -51,16 +64,16 @@ class PrefixTuning(Method):
     def build(self, frozen: FrozenModel, generator: Generator) -> PrefixModule:
         """A module whose start is exactly the activations of the words given, or noise at the scale of the model's."""
         frozen.spec.require_prefix()
+        parts, layers = self._chosen(frozen.spec)
         length = prompt_length(self.init, self.num_virtual_tokens, frozen, usual=16)
-        reference = frozen.activations(reference_tokens(frozen, generator))
         tokens = start_tokens(self.init, length, frozen, generator)
-        parts = _flatten(reference)
-        start = (
-            [random_like(part, length, generator) for part in parts]
-            if tokens is None
-            else _flatten(frozen.activations(tokens))
-        )
-        scale = torch.cat([part.float().square().mean().sqrt().expand(part.shape[1]) for part in parts])
+
+        def activations(tokens: VirtualTokens) -> list[Float[Tensor, "P _C"]]:
+            return _flatten(frozen.activations(tokens), [layer in layers for layer in frozen.spec.layers])
+
+        reference = activations(reference_tokens(frozen, generator))
+        start = [random_like(part, length, generator) for part in reference] if tokens is None else activations(tokens)
+        scale = torch.cat([part.float().square().mean().sqrt().expand(part.shape[1]) for part in reference])
         joined = torch.cat(start, dim=1)
         offset: Offset
         with seeded(generator):
@@ -75,7 +88,20 @@ class PrefixTuning(Method):
                 if self.reparameterization
                 else FreeOffset(length, joined.shape[1])
             )
-        return PrefixModule(frozen.spec.layers, joined, scale, offset, self.dropout)
+        return PrefixModule(layers, joined, scale, offset, self.dropout, parts)
+
+    def _chosen(self, spec: ModelSpec) -> tuple[tuple[str, ...] | None, tuple[AttentionLayer, ...]]:
+        """The parts asked for, in the model's order (None for all that it has), and their layers."""
+        asked = self.parts or spec.parts
+        unknown = [part for part in asked if part not in spec.parts]
+        if unknown:
+            raise ConfigError(
+                expected=f"parts that the model has: {', '.join(spec.parts)}",
+                got=", ".join(unknown),
+                do="leave parts out: only an encoder-decoder has several",
+            )
+        parts = tuple(part for part in spec.parts if part in asked)
+        return None if parts == spec.parts else parts, spec.layers_of(parts)
 
 
 class PrefixModule(PromptModule):
@@ -91,9 +117,11 @@ class PrefixModule(PromptModule):
         scale: Float[Tensor, " C"],
         offset: Offset,
         dropout: float,
+        parts: tuple[str, ...] | None,
     ) -> None:
         super().__init__()
         self.layers = tuple(layers)
+        self.parts = parts
         self.offset = offset
         self.dropout = dropout
         self.register_buffer("start", start)
@@ -105,17 +133,17 @@ class PrefixModule(PromptModule):
         if self.dropout and generator is not None:
             kept = torch.rand(flat.shape, generator=generator).to(flat.device) >= self.dropout
             flat = flat * kept / (1 - self.dropout)
-        return _unflatten(flat, self.layers)
+        return _unflatten(flat, self.layers, self.parts)
 
 
-def _flatten(prefix: KVPrefix) -> list[Float[Tensor, "P _C"]]:
-    """Keys and values of each layer in turn as [P, heads * size]."""
-    pairs = zip(prefix.keys, prefix.values, strict=True)
+def _flatten(prefix: KVPrefix, chosen: Sequence[bool]) -> list[Float[Tensor, "P _C"]]:
+    """Keys and values of each chosen layer in turn as [P, heads * size]."""
+    pairs = compress(zip(prefix.keys, prefix.values, strict=True), chosen)
     return [part.transpose(0, 1).flatten(1) for pair in pairs for part in pair]
 
 
-def _unflatten(flat: Float[Tensor, "P C"], layers: Sequence[AttentionLayer]) -> KVPrefix:
+def _unflatten(flat: Float[Tensor, "P C"], layers: Sequence[AttentionLayer], parts: tuple[str, ...] | None) -> KVPrefix:
     shapes = [(layer.kv_heads, size) for layer in layers for size in (layer.key_dim, layer.value_dim)]
-    parts = flat.split([heads * size for heads, size in shapes], dim=1)
-    shaped = [part.unflatten(1, shape).transpose(0, 1) for part, shape in zip(parts, shapes, strict=True)]
-    return KVPrefix(tuple(shaped[0::2]), tuple(shaped[1::2]))
+    columns = flat.split([heads * size for heads, size in shapes], dim=1)
+    shaped = [column.unflatten(1, shape).transpose(0, 1) for column, shape in zip(columns, shapes, strict=True)]
+    return KVPrefix(tuple(shaped[0::2]), tuple(shaped[1::2]), parts)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
@@ -19,6 +23,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.masking_utils import eager_mask
 
 from overture.runtime.encode import Encoded
 
@@ -121,3 +126,54 @@ def _placed(text: Tensor, before: Sequence[int] | None) -> tuple[Tensor, Tensor]
             ids.append(int(text[position]))
             slots.append(-1)
     return torch.tensor(ids), torch.tensor(slots)
+
+
+@pytest.fixture
+def attending() -> Callable[..., AbstractContextManager[PreTrainedModel]]:
+    return _attending
+
+
+Prefix = tuple[nn.Module, Tensor, Tensor]
+"""An attention module, and the keys [K, P, D] and values [K, P, E] that its queries see beside the text's."""
+
+
+@contextmanager
+def _attending(model: PreTrainedModel, prefixes: Sequence[Prefix]) -> Iterator[PreTrainedModel]:
+    """`model` under an attention function of its own, written out below: the oracle where the plain model has none.
+
+    Positions are the caller's. One entry per attention call, in order: a shared module has several.
+    """
+    calls: Counter[int] = Counter()
+
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        groups = query.shape[1] // key.shape[1]
+        scores = query @ key.repeat_interleave(groups, 1).mT * scale
+        if kwargs.get("position_bias") is not None:
+            scores = scores + kwargs["position_bias"]
+        if mask is not None:
+            scores = scores + mask[..., : scores.shape[-1]]
+        elif module.is_causal and scores.shape[-2] > 1:
+            scores = scores.masked_fill(torch.ones_like(scores).triu(1) > 0, -torch.inf)
+        own = [(k, v) for m, k, v in prefixes if m is module]
+        if own:
+            prefix_key, prefix_value = own[calls[id(module)] % len(own)]
+            calls[id(module)] += 1
+            seen = query @ prefix_key.repeat_interleave(groups, 0).mT * scale
+            scores = torch.cat([seen, scores], -1)
+            value = torch.cat([prefix_value.expand(len(value), -1, -1, -1), value], 2)
+        return (scores.softmax(-1) @ value.repeat_interleave(groups, 1)).transpose(1, 2), None
+
+    AttentionInterface.register("explicit", attend)
+    AttentionMaskInterface.register("explicit", eager_mask)
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
+    before = [config._attn_implementation for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation = "explicit"
+        yield model
+    finally:
+        for config, name in zip(configs, before, strict=True):
+            config._attn_implementation = name
