@@ -164,9 +164,7 @@ class Host:
             return None
         self._require_owner()
         kwargs = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
-        past = kwargs.get("past_key_values")
-        start = int(past.get_seq_length()) if past is not None else 0
-        text = _text(kwargs)
+        start, text = _start(kwargs, rows), _text(kwargs)
         times = self._times(rows, text if start == 0 else None, text.shape[0])
         if module is self.stacks[0]:
             kwargs |= self._placed(rows, kwargs, start, times)
@@ -194,8 +192,10 @@ class Host:
                 placed["input_ids"] = ids.masked_fill(window.slots.to(ids.device) >= 0, 0)
                 self.window = window
         if self.spec.first_position is not None:
-            offsets = torch.zeros(1, dtype=torch.long) if rows.prefixes is None else rows.prefixes.lengths["self"]
-            placed["position_ids"] = self._positions(kwargs, length, start, offsets.repeat_interleave(times))
+            offsets = torch.zeros(1, dtype=torch.long)
+            if rows.prefixes is not None:
+                offsets = rows.prefixes.lengths["self"].repeat_interleave(times)
+            placed["position_ids"] = self._positions(kwargs, length, start, offsets)
             self._check_room(placed["position_ids"], ahead=rows.prefixes is not None)
         return placed
 
@@ -271,6 +271,17 @@ def _after(module: nn.Module, args: Any, output: Any) -> None:
 def _embedded(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
     host = _HOSTS.get(module)
     return None if host is None or host.window is None else host.window.write(output)
+
+
+def _start(kwargs: Mapping[str, Any], rows: Rows) -> int:
+    """Positions before this pass, which a cache holds."""
+    past, state = kwargs.get("past_key_values"), kwargs.get("cache_params")
+    if past is not None:
+        return int(past.get_seq_length())
+    if state is not None and rows.tokens is not None and state.has_previous_state():
+        # A recurrent state (Mamba) does not count. The input that filled it had every place of a virtual token.
+        return rows.tokens.slots.shape[1]
+    return 0
 
 
 def _me() -> Owner:
