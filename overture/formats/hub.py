@@ -21,6 +21,7 @@ def model_card(prompt: SoftPrompt) -> str:
     if base.name.count("/") <= 1 and base.name:
         # A name with a slash or without is a repository's; YAML takes JSON's quotes.
         head = [f"base_model: {json.dumps(base.name)}", "base_model_relation: adapter", *head]
+    options = json.dumps(dict(prompt.method), ensure_ascii=False).replace("|", r"\|")
     kind = "keys and values of every attention layer" if isinstance(prompt.value, KVPrefix) else "input embeddings"
     return f"""---
 {chr(10).join(head)}
@@ -34,7 +35,7 @@ language model. It works with that base model only and is refused on any other.
 | | |
 |---|---|
 | base model | {base.name or "unnamed"} ({base.architecture}, {base.digest[:12]}) |
-| method | {json.dumps(dict(prompt.method), ensure_ascii=False)} |
+| method | {options} |
 
 ```python
 import overture as ov

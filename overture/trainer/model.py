@@ -44,6 +44,7 @@ class PromptModel(PreTrainedModel):
         method: `PrefixTuning(...)`, `PromptTuning(...)`, `PTuning(...)` or `DeepPrompt(...)`, with the virtual tokens
             in front of the text.
         tokenizer: the base model's; needed only for a start from words.
+        name: the prompt's name.
         seed: of the prompt's start. Dropout draws from torch's own stream, which the training loop seeds and saves.
         train_adapters: also train the parameters of a PEFT model that ask for a gradient.
 
@@ -61,6 +62,7 @@ class PromptModel(PreTrainedModel):
         method: Method,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        name: str = "prompt",
         seed: int = 0,
         train_adapters: bool = False,
     ) -> None:
@@ -72,7 +74,7 @@ class PromptModel(PreTrainedModel):
         else:
             model.requires_grad_(False)
         self.base = model
-        self.method = method
+        self.method, self.name = method, name
         self._checkpoint: Checkpoint | None = None
         self._every_n_layers = 1
         self._inside = False
@@ -236,12 +238,13 @@ class PromptModel(PreTrainedModel):
 
     # What comes of it --------------------------------------------------------------------------------------------
 
-    def soft_prompt(self, name: str = "prompt") -> SoftPrompt:
-        """The prompt as it stands, for use: networks folded away, fp32 on the CPU."""
+    def soft_prompt(self, name: str | None = None) -> SoftPrompt:
+        """The prompt as it stands, for use: networks folded away, fp32 on the CPU. `name` None keeps its name."""
         inner = unwrapped(self.base)
         with torch.no_grad(), evaluating(self), torch.autocast(execution_device(inner).type, enabled=False):
             value = fold(inner, self.prompt())
-        return SoftPrompt(value, ModelSpec.of(inner).base, self.method.template_, self.method.describe(), {}, name)
+        base, method = ModelSpec.of(inner).base, self.method
+        return SoftPrompt(value, base, method.template_, method.describe(), {}, name or self.name)
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -249,7 +252,6 @@ class PromptModel(PreTrainedModel):
         *,
         state_dict: Mapping[str, Tensor] | None = None,
         is_main_process: bool = True,
-        name: str = "prompt",
         **ignored: Any,
     ) -> None:
         """Write a folder with the prompt for use, the state to go on training from, and a model card.
@@ -258,12 +260,11 @@ class PromptModel(PreTrainedModel):
             save_directory: the folder, made if it is missing.
             state_dict: what `state_dict()` returned, if it is at hand.
             is_main_process: False writes nothing.
-            name: the prompt's name.
             **ignored: what `PreTrainedModel.save_pretrained` takes beyond that; none of it applies.
         """
         if is_main_process:
             tensors = self.state_dict() if state_dict is None else state_dict
-            folder.write(save_directory, self.soft_prompt(name), tensors, self.base)
+            folder.write(save_directory, self.soft_prompt(), tensors, self.base)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -283,19 +284,19 @@ class PromptModel(PreTrainedModel):
         """
         prompt, tensors = folder.read(folder_path)
         prompt.check_base(ModelSpec.of(unwrapped(base)).base)
-        model = cls(base, folder.method_without_words(prompt), train_adapters=train_adapters)
+        method = folder.method_without_words(prompt)
+        model = cls(base, method, name=prompt.name, train_adapters=train_adapters)
         model.method = folder.method_of(prompt)
         model.load_state_dict(tensors)
         return model
 
     def push_to_hub(  # type: ignore[override]
-        self, repo_id: str, *, name: str | None = None, commit_message: str = "Upload soft prompt", **options: Any
+        self, repo_id: str, *, commit_message: str = "Upload soft prompt", **options: Any
     ) -> str:
         """Upload what `save_pretrained` writes to a repository on the Hub, made if it is missing.
 
         Args:
             repo_id: such as `anna/poet`.
-            name: the prompt's name; None for the repository's.
             commit_message: of the commit.
             **options: `private`, `token`, `revision` and `create_pr`, as huggingface_hub takes them.
 
@@ -306,7 +307,7 @@ class PromptModel(PreTrainedModel):
             OvertureError: the Hub cannot be reached, or refuses.
         """
         with TemporaryDirectory() as temporary:
-            self.save_pretrained(temporary, name=name or repo_id.rpartition("/")[2])
+            self.save_pretrained(temporary)
             return upload(temporary, repo_id, commit_message=commit_message, **options)
 
 

@@ -10,7 +10,14 @@ import pytest
 import torch
 from huggingface_hub import HfApi
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AlbertConfig, AlbertForMaskedLM
+from transformers import (
+    AlbertConfig,
+    AlbertForMaskedLM,
+    BartConfig,
+    BartForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import overture as ov
 from overture.errors import BaseMismatchError, CheckpointError, ConfigError, OvertureError, UnsupportedModelError
@@ -126,25 +133,46 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(reentrant, option
     assert len(calls) == once
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_of_a_block_that_serves_every_layer(reentrant, batch):
-    """ALBERT. Oracle: the gradients without it. Every layer has its own prefix, so repeated calls must not mix."""
+def _small(config, **options):
     torch.manual_seed(0)
-    config = AlbertConfig(
-        vocab_size=258,
-        embedding_size=16,
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=48,
-        initializer_range=0.3,
-    )
-    base = AlbertForMaskedLM(config).double()
-    model = _moved(ov.PromptModel(base, ov.PrefixTuning(num_virtual_tokens=3, reparameterization=False))).train()
+    sizes = dict.fromkeys(("intermediate_size", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff"), 48)
+    return config(vocab_size=258, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, **sizes, **options)
+
+
+OTHERS = {
+    # One block serves every layer, each with a prefix of its own.
+    "albert": lambda: AlbertForMaskedLM(
+        _small(AlbertConfig, embedding_size=16, hidden_size=32, num_hidden_layers=3, num_attention_heads=4)
+    ),
+    "bart": lambda: BartForConditionalGeneration(
+        _small(BartConfig, d_model=32, encoder_layers=2, decoder_layers=2, max_position_embeddings=64)
+    ),
+    "t5": lambda: T5ForConditionalGeneration(_small(T5Config, d_model=32, d_kv=8, num_heads=4, num_layers=2)),
+}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("shape", OTHERS)
+def test_gradient_checkpointing_beyond_decoders(shape, reentrant, batch):
+    """Oracle: the gradients without it."""
+    model = _moved(ov.PromptModel(OTHERS[shape]().double(), METHODS["raw"])).train()
     wanted = _gradients(model, batch)
+    assert all(gradient.abs().max() > 0 for gradient in wanted.values())
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    # The fp32 parts add up in another order where one module's gradient comes from several repetitions.
+    # What comes together from several blocks adds up in another order.
     _equal(_gradients(model, batch), wanted, **CLOSE)
+
+
+def test_an_offloaded_base_trains_as_one_in_memory(make_model, batch, tmp_path):
+    """Oracle: the gradients of the base model in memory."""
+    base = make_model(dtype=torch.float32)
+    base.save_pretrained(tmp_path)
+    places = dict.fromkeys(("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    places |= {"model.layers.1": "disk", "model.layers.2": "disk"}
+    offloaded = type(base).from_pretrained(tmp_path, device_map=places, offload_folder=tmp_path / "disk")
+    got = _gradients(_moved(ov.PromptModel(offloaded, METHODS["prefix"])).train(), batch)
+    wanted = _gradients(_moved(ov.PromptModel(base, METHODS["prefix"])).train(), batch)
+    _equal(got, wanted, rtol=0, atol=0)
 
 
 def test_dropout_of_a_prefix_draws_from_the_loops_own_stream(model, batch):
@@ -174,8 +202,8 @@ def test_a_packed_row_keeps_its_texts_apart(method, model, batch):
 def test_the_saved_prompt_is_the_trained_one(method, make_model, batch, tmp_path):
     """Folded equals unfolded, in logits and in `generate`, and training goes on from the folder where it was."""
     base = make_model()
-    model = _moved(ov.PromptModel(base, method)).eval()
-    model.save_pretrained(tmp_path, name="poet")
+    model = _moved(ov.PromptModel(base, method, name="poet")).eval()
+    model.save_pretrained(tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["README.md", "model.safetensors", "prompt.safetensors"]
     assert (tmp_path / "model.safetensors").stat().st_size < 100_000
     prompt = ov.SoftPrompt.load(tmp_path / "prompt.safetensors")
@@ -189,7 +217,7 @@ def test_the_saved_prompt_is_the_trained_one(method, make_model, batch, tmp_path
             torch.testing.assert_close(base(**batch).logits, wanted, rtol=1e-4, atol=1e-4)
             assert torch.equal(base.generate(**inputs, max_new_tokens=5, do_sample=False), tokens)
     again = ov.PromptModel.from_pretrained(tmp_path, make_model())
-    assert again.method == method
+    assert (again.method, again.name) == (method, "poet")
     with torch.no_grad():
         assert torch.equal(again.eval()(**batch).logits, wanted)
     _equal(_gradients(again.train(), batch), _gradients(model.train(), batch), rtol=0, atol=0)
@@ -326,14 +354,14 @@ class _Uploads:
 
 def test_push_to_hub_uploads_the_folder(model, batch, monkeypatch, tmp_path):
     hub = _Uploads(monkeypatch)
-    model = _moved(ov.PromptModel(model, METHODS["prefix"])).eval()
+    model = _moved(ov.PromptModel(model, METHODS["prefix"], name="poet")).eval()
     assert model.push_to_hub("anna/poet", private=True) == "https://hub/anna/poet/commit/1"
     files = hub.files["anna/poet"]
     assert set(files) == {"README.md", "model.safetensors", "prompt.safetensors"}
     assert files["README.md"].startswith(
         b'---\nlibrary_name: overture\ntags:\n- overture\n- soft-prompt\n- "prefix"\n---'
     )
-    model.save_pretrained(tmp_path, name="poet")
+    model.save_pretrained(tmp_path)
     assert {name: (tmp_path / name).read_bytes() for name in files} == files
 
 
