@@ -24,7 +24,7 @@ from overture.runtime import merge
 from overture.runtime.kernels import Mask
 from overture.runtime.rows import Fold, PrefixRows
 
-__all__ = ["CallOrder", "Path", "PrefixAttention"]
+__all__ = ["CallOrder", "Path", "PlainAttention", "PrefixAttention"]
 
 Path = Literal["auto", "merge", "concatenate"]
 """How prefix and text come together: `merge` demands the merge path, `auto` takes it where it is possible and pays."""
@@ -67,6 +67,23 @@ class CallOrder:
                 do="turn gradient checkpointing off: model.gradient_checkpointing_disable()",
             )
         return layers[call]
+
+
+class PlainAttention:
+    """Attention handler of a forward pass whose prompts stand in the text: it changes nothing, and marks the pass."""
+
+    def attend(
+        self,
+        inner: AttentionFunction,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Answer as the model does."""
+        return inner(module, query, key, value, attention_mask, **kwargs)
 
 
 class PrefixAttention:

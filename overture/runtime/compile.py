@@ -189,11 +189,11 @@ def _run(
     at: dict[str, Any] = {} if first is None else {"position_ids": (positions + first)[None]}
     with host.using(None), _not_checkpointed(model):
         # Shorter prompts are filled up behind their end, where a decoder's earlier positions cannot look.
-        host.window = TokenRows(tokens, slots) if tokens else None
+        host.seam.window = TokenRows(tokens, slots) if tokens else None
         try:
             host.stacks[0](input_ids=ids, use_cache=False, **at, **{dispatch.KEYWORD: recorder})
         finally:
-            host.window = None
+            host.seam.window = None
 
 
 def _run_both(model: PreTrainedModel, host: Host, tokens: VirtualTokens, recorder: _KeyValueRecorder) -> None:

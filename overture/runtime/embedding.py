@@ -37,7 +37,8 @@ class TokenRows:
     def write(self, embedded: Float[Tensor, "B T hidden"]) -> Float[Tensor, "B T hidden"]:
         """`embedded` with the virtual tokens in their places, differentiable in both."""
         slots = self.slots.to(embedded.device)
-        if not (slots >= 0).any():
+        # Compiled code does not branch on numbers.
+        if not torch.compiler.is_compiling() and not (slots >= 0).any():
             return embedded
         empty = embedded.new_zeros(0, embedded.shape[-1])
         rows = [empty if row is None else row.embeddings.to(embedded) for row in self.tokens]

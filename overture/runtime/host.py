@@ -8,21 +8,23 @@ from __future__ import annotations
 import asyncio
 import inspect
 import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 from transformers import PreTrainedModel
 
 from overture import dispatch
 from overture.errors import BaseMismatchError, ConfigError, ContextLengthError, ModelInUseError, UnsupportedModelError
 from overture.prompt import KVPrefix, SoftPrompt, Value, VirtualTokens
-from overture.runtime.attention import Path, PrefixAttention
+from overture.runtime.attention import Path, PlainAttention, PrefixAttention
 from overture.runtime.embedding import TokenRows
 from overture.runtime.rows import PrefixRows, repeats
 from overture.spec import ModelSpec, attention_modules, stacks, token_embedding, unwrapped
@@ -60,6 +62,16 @@ def stands_in_text(spec: ModelSpec, prompt: SoftPrompt | Value | None) -> bool:
     return not (spec.runs_ahead and (template is None or template.leading))
 
 
+@dataclass(slots=True, eq=False)
+class Seam:
+    """What the hooks of one model read. `torch.compile` can follow them here, and nowhere beyond."""
+
+    active: bool = False
+    """True while prompts are set."""
+    window: TokenRows | None = None
+    """What the embedding of this forward pass writes over its input."""
+
+
 class Host:
     """The seams of one model: hooked once, idle and bit-exact until prompts are set."""
 
@@ -72,12 +84,18 @@ class Host:
         for index, module in enumerate(modules):
             self.layers.setdefault(id(module), []).append(index)
         self.windows = {i: layer.window for i, layer in enumerate(self.spec.layers) if layer.window is not None}
-        self.stacks = stacks(model, self.spec.layers)
+        # Hosts are kept for as long as their modules live, so they must not keep them alive.
+        self._stacks = [weakref.ref(stack) for stack in stacks(model, self.spec.layers)]
         self.lock = threading.Lock()
         self.owner: Owner | None = None
         self.rows: Rows | None = None
         self.first_length: int | None = None
-        self.window: TokenRows | None = None
+        self.seam = Seam()
+
+    @property
+    def stacks(self) -> list[PreTrainedModel]:
+        """The models through which text enters: one, or an encoder and a decoder."""
+        return [cast(PreTrainedModel, stack()) for stack in self._stacks]
 
     @classmethod
     def of(cls, model: nn.Module) -> Host:
@@ -88,14 +106,25 @@ class Host:
         if host is None or host.spec is not ModelSpec.of(inner):
             host = _HOSTS[embedding] = cls(inner)
             for entrance in host.stacks:
-                _HOSTS[entrance] = host
-                # Plain functions that look the host up: a pickled or copied model takes its hooks along.
-                if _before not in entrance._forward_pre_hooks.values():
-                    entrance.register_forward_pre_hook(_before, with_kwargs=True)
-                    entrance.register_forward_hook(_after, always_call=True)
+                host._hook(entrance)
+            embedding.overture_seam = host.seam  # type: ignore[assignment]
             if _embedded not in embedding._forward_hooks.values():
                 embedding.register_forward_hook(_embedded)
+                # Code that was compiled before the hooks would go on without them.
+                torch.compiler.reset()
+        for outside in (model, inner):
+            # The halves of an encoder-decoder enter one by one, each with its own text.
+            if _is_compiled(outside) and len(host.stacks) == 1 and _HOSTS.get(outside) is not host:
+                host._hook(outside)
         return host
+
+    def _hook(self, entrance: nn.Module) -> None:
+        # Plain functions that look the host up: a pickled or copied model takes its hooks along.
+        _HOSTS[entrance] = self
+        entrance.overture_seam = self.seam  # type: ignore[assignment]
+        if _before not in entrance._forward_pre_hooks.values():
+            entrance.register_forward_pre_hook(_before, with_kwargs=True)
+            entrance.register_forward_hook(_after, always_call=True)
 
     @contextmanager
     def using(self, rows: Rows | None) -> Iterator[None]:
@@ -108,10 +137,12 @@ class Host:
             self._require_owner()
             before = (self.owner, self.rows, self.first_length)
             self.owner, self.rows, self.first_length = _me(), rows, None
+            self.seam.active = rows is not None
         try:
             yield
         finally:
             self.owner, self.rows, self.first_length = before
+            self.seam.active, self.seam.window = self.rows is not None, None
 
     def check(self, value: Value) -> None:
         """Raise `BaseMismatchError` unless the value has this model's shape."""
@@ -163,10 +194,15 @@ class Host:
         if rows is None or (rows.prefixes is None and rows.tokens is None):
             return None
         self._require_owner()
-        kwargs = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
+        parameters = inspect.signature(getattr(module, "_orig_mod", module).forward).parameters
+        kwargs = dict(zip(parameters, args, strict=False)) | kwargs
         start, text = _start(kwargs, rows), _text(kwargs)
         times = self._times(rows, text if start == 0 else None, text.shape[0])
-        if module is self.stacks[0]:
+        outside = module not in self.stacks
+        if outside:
+            _check_keywords(parameters)
+            kwargs[dispatch.KEYWORD] = PlainAttention()
+        if outside or module is self.stacks[0]:
             kwargs |= self._placed(rows, kwargs, start, times)
         if rows.prefixes is not None:
             kwargs[dispatch.KEYWORD] = PrefixAttention(
@@ -190,7 +226,7 @@ class Host:
             else:
                 # What reads ids beside the embeddings (per-layer inputs, padding) shall find the same id everywhere.
                 placed["input_ids"] = ids.masked_fill(window.slots.to(ids.device) >= 0, 0)
-                self.window = window
+                self.seam.window = window
         if self.spec.first_position is not None:
             offsets = torch.zeros(1, dtype=torch.long)
             if rows.prefixes is not None:
@@ -257,20 +293,49 @@ class Host:
 _HOSTS: WeakKeyDictionary[nn.Module, Host] = WeakKeyDictionary()
 
 
+def _seam(module: nn.Module) -> Seam:
+    seam: Any = module.overture_seam
+    return cast(Seam, seam)
+
+
 def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    # Compiled code gets here, too. Where its caller entered already, it has the keyword and goes straight on.
+    if isinstance(kwargs.get(dispatch.KEYWORD), (PrefixAttention, PlainAttention)) or not _seam(module).active:
+        return None
+    return _enter(module, args, kwargs)
+
+
+@torch.compiler.disable(  # type: ignore[untyped-decorator]
+    reason="prompts are set for the model inside compiled code; enter prompts(...) on what torch.compile(model) "
+    "returned, and call that, to have one graph"
+)
+def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     host = _HOSTS.get(module)
     return None if host is None else host.before(module, args, kwargs)
 
 
 def _after(module: nn.Module, args: Any, output: Any) -> None:
-    host = _HOSTS.get(module)
-    if host is not None:
-        host.window = None
+    if _seam(module).window is not None:
+        _seam(module).window = None
 
 
 def _embedded(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-    host = _HOSTS.get(module)
-    return None if host is None or host.window is None else host.window.write(output)
+    window = _seam(module).window
+    return None if window is None else window.write(output)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """True if the module's forward pass is compiled, but not its hooks."""
+    return isinstance(module, OptimizedModule) or hasattr(module.forward, "_torchdynamo_orig_callable")
+
+
+def _check_keywords(parameters: Mapping[str, inspect.Parameter]) -> None:
+    if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        raise UnsupportedModelError(
+            expected="a compiled model that hands further keywords down to its attention",
+            got=f"a forward pass that takes {', '.join(parameters)} alone",
+            do="use prompts on the model itself, not compiled",
+        )
 
 
 def _start(kwargs: Mapping[str, Any], rows: Rows) -> int:

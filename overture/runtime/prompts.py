@@ -65,8 +65,7 @@ def prompts(
     """
     _check_choice("attention", attention, get_args(Path))
     _check_choice("sliding", sliding, ("visible", "window"))
-    model = unwrapped(model)
-    host = Host.of(model)
+    host, model = Host.of(model), unwrapped(model)
     listed = list(rows) if isinstance(rows, Sequence) and not isinstance(rows, str) else [rows]
     for row in listed:
         check(host, row)

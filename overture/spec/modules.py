@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
+from torch._dynamo import OptimizedModule
 from transformers import PreTrainedModel
 
 from overture.errors import UnsupportedModelError
@@ -32,11 +33,13 @@ __all__ = [
 
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:
-    """The transformers model itself, without a wrapper such as PEFT's.
+    """The transformers model itself, without a wrapper such as PEFT's or that of `torch.compile`.
 
     Raises:
         UnsupportedModelError: it is no transformers model.
     """
+    while isinstance(model, OptimizedModule):
+        model = model._orig_mod
     inner = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
     if not isinstance(inner, PreTrainedModel):
         raise UnsupportedModelError(
