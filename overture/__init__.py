@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from overture.methods import PromptTuning as PromptTuning
     from overture.methods import PTuning as PTuning
     from overture.models import load_base as load_base
+    from overture.prompt import Head as Head
     from overture.prompt import KVPrefix as KVPrefix
     from overture.prompt import SoftPrompt as SoftPrompt
     from overture.prompt import VirtualTokens as VirtualTokens
@@ -33,12 +34,14 @@ if TYPE_CHECKING:
     from overture.tuning.api import tune_many as tune_many
     from overture.tuning.config import TuneConfig as TuneConfig
     from overture.tuning.evaluate import evaluate as evaluate
+    from overture.tuning.predict import predict as predict
     from overture.tuning.results import TuneResult as TuneResult
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "DeepPrompt": "methods",
+    "Head": "prompt",
     "KVPrefix": "prompt",
     "ModelSpec": "spec",
     "OvertureError": "errors",
@@ -60,6 +63,7 @@ _HOMES = {
     "generate": "runtime.generate",
     "join": "runtime.compose",
     "load_base": "models",
+    "predict": "tuning.predict",
     "prompts": "runtime.prompts",
     "tune": "tuning.api",
     "tune_many": "tuning.api",

@@ -18,11 +18,13 @@ def evaluate(
     model: Model = "tiny",
     prompt: Prompts = None,
     frozen: Annotated[bool, typer.Option(help="Evaluate the frozen model as well.")] = True,
-    exact_match: Annotated[bool, typer.Option(help="Also generate every answer and compare.")] = True,
+    exact_match: Annotated[
+        bool, typer.Option(help="Where text is written, also generate every answer and compare.")
+    ] = True,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Show loss, perplexity and exact match of prompts and of the frozen model on rows of data."""
+    """Measure prompts and the frozen model on rows of data: loss, and exact match, accuracy or F1 as fits the task."""
     ui = Ui(as_json, quiet)
     check_data(data, kind="evaluation")
     with ui.busy("Starting", brief=True):
@@ -49,8 +51,8 @@ def evaluate(
                 "prompt": name,
                 "loss": result.loss,
                 "perplexity": result.perplexity,
-                "exact_match": result.exact_match,
-                "tokens": result.tokens,
+                **result.metrics,
+                "targets": result.targets,
                 "rows": result.rows,
             }
         )
@@ -60,13 +62,16 @@ def evaluate(
 def _table(ui: Ui, rows: list[dict[str, Any]]) -> Any:
     from rich.text import Text
 
-    right = ("loss", "perplexity", "exact match", "target tokens", "rows")
+    measures = [name for name in rows[0] if name not in ("prompt", "loss", "perplexity", "targets", "rows")]
+    right = ("loss", "perplexity", *(name.replace("_", " ") for name in measures), "targets", "rows")
     table = ui.table("prompt", *right, right=right)
     best = min((row["loss"] for row in rows if math.isfinite(row["loss"])), default=None)
     for row in rows:
         style = "bold green" if row["loss"] == best and len(rows) > 1 else ""
-        match = "-" if row["exact_match"] is None else f"{100 * row['exact_match']:.1f} %"
+        shares = [f"{100 * row[name]:.1f} %" for name in measures]
         name = Text("frozen model", style="dim") if row["prompt"] == "none" else Text(row["prompt"], style="bold")
         numbers = (f"{row['loss']:.4f}", f"{row['perplexity']:,.2f}")
-        table.add_row(name, *(Text(n, style=style) for n in numbers), match, f"{row['tokens']:,}", f"{row['rows']:,}")
+        table.add_row(
+            name, *(Text(n, style=style) for n in numbers), *shares, f"{row['targets']:,}", f"{row['rows']:,}"
+        )
     return table

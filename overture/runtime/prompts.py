@@ -12,11 +12,12 @@ from transformers import PreTrainedModel
 
 from overture.dispatch import require_masks
 from overture.errors import ConfigError
-from overture.prompt import BlockInputs, KVPrefix, SoftPrompt, VirtualTokens
+from overture.prompt import BlockInputs, Head, KVPrefix, SoftPrompt, VirtualTokens
 from overture.runtime.attention import Path
 from overture.runtime.compile import compile_prefixes
 from overture.runtime.embedding import TokenRows
 from overture.runtime.encode import Encoded
+from overture.runtime.heads import check_head, using_heads
 from overture.runtime.host import Host, Rows, stands_in_text
 from overture.runtime.recompute import prefixes_as_arguments
 from overture.runtime.rotation import concatenated, shifted
@@ -37,6 +38,7 @@ def prompts(
     rows: RowPrompt | Sequence[RowPrompt],
     batch: Encoded | None = None,
     *,
+    heads: Sequence[Head | None] | None = None,
     attention: str = "auto",
     sliding: str = "visible",
 ) -> Iterator[None]:
@@ -50,6 +52,7 @@ def prompts(
         rows: one prompt for all rows, or a sequence with one entry per row. `None` is the frozen model; a tuple of
             prompts within the sequence is their join (see `join`).
         batch: the encoded batch, needed if a prompt's virtual tokens stand inside the text (see `encode`).
+        heads: one head per row, for bare values; a saved prompt brings its own. A row without one keeps the model's.
         attention: how a prefix and the text come together: `merge` attends to each apart and joins the results,
             `concatenate` puts the prefix's keys in front of the text's, and `auto` merges where that is possible and
             pays. The results are equal but for rounding.
@@ -69,6 +72,9 @@ def prompts(
     listed = list(rows) if isinstance(rows, Sequence) and not isinstance(rows, str) else [rows]
     for row in listed:
         check(host, row)
+    answers = [_head(row) for row in listed] if heads is None else list(heads)
+    for head in {id(head): head for head in answers if head is not None}.values():
+        check_head(model, head)
     if batch is not None and len(listed) == 1:
         listed *= len(batch.input_ids)
     tokens = [_tokens(row) if placed else None for row, placed in zip(listed, _placed(listed, batch), strict=True)]
@@ -79,7 +85,9 @@ def prompts(
     prefixes = PrefixRows.stack(as_prefixes(model, host, ahead), host.spec.layers, execution_device(model))
     inside = TokenRows(tokens, batch.slots) if batch is not None and batch.slots is not None else None
     ready = Rows(len(listed), prefixes, inside, cast(Path, attention), sliding == "window")
-    with host.using(ready), prefixes_as_arguments(model):
+    prompted = any(row is not None for row in listed)
+    heading = using_heads(model, answers, prompted, lambda: host.rows is ready)
+    with host.using(ready), prefixes_as_arguments(model), heading:
         yield
 
 
@@ -103,6 +111,18 @@ def _placed(rows: Sequence[RowPrompt], batch: Encoded | None) -> list[bool]:
             do="encode the rows with the same prompts, in the same order",
         )
     return [bool(placed) for placed in (batch.slots >= 0).any(dim=1).tolist()]
+
+
+def _head(row: RowPrompt) -> Head | None:
+    """The head that a row's prompts bring."""
+    heads = [piece.head for piece in _pieces(row) if isinstance(piece, SoftPrompt) and piece.head is not None]
+    if len(heads) > 1:
+        raise ConfigError(
+            expected="joined prompts of which at most one has a head",
+            got=f"{len(heads)} heads",
+            do="join the prompts as values, and name the row's head in heads=",
+        )
+    return heads[0] if heads else None
 
 
 def _tokens(row: RowPrompt) -> VirtualTokens | None:

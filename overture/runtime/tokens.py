@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import count
 from typing import TYPE_CHECKING
 
 from overture.errors import DataError
@@ -9,7 +11,16 @@ from overture.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["eos_ids", "filler_id", "leading_specials", "prompt_ids", "text_ids"]
+__all__ = [
+    "eos_ids",
+    "filler_id",
+    "leading_specials",
+    "place_id",
+    "prompt_ids",
+    "specials_in_front",
+    "text_ids",
+    "trailing_specials",
+]
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -41,16 +52,37 @@ def leading_specials(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return ids[: added.index(0)] if 0 in added else []
 
 
+def trailing_specials(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens the tokenizer puts behind a text: [SEP], eos, or none."""
+    ids, added = _with_marks(tokenizer, "a")
+    return ids[len(ids) - added[::-1].index(0) :] if 0 in added else []
+
+
+def specials_in_front(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> int:
+    """How many special tokens stand in front of a row, where virtual tokens and cuts must leave them."""
+    specials = leading_specials(tokenizer)
+    if specials and list(ids[: len(specials)]) == specials:
+        return len(specials)
+    # A chat template may write a bos of its own.
+    return int(ids[0] == tokenizer.bos_token_id)
+
+
 def eos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The token that ends a text, if the tokenizer has one."""
     return [tokenizer.eos_token_id] if isinstance(tokenizer.eos_token_id, int) else []
 
 
 def filler_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id at masked positions and under virtual tokens: the padding token's, else eos, else 0. It is never read."""
+    """The id at masked positions: the padding token's, else eos, else 0. It is never read."""
     if isinstance(tokenizer.pad_token_id, int):
         return tokenizer.pad_token_id
     return next(iter(eos_ids(tokenizer)), 0)
+
+
+def place_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id under virtual tokens: an ordinary token's, because some models number positions or pool by special ids."""
+    special = set(tokenizer.all_special_ids)
+    return next(i for i in count() if i not in special)
 
 
 def _with_marks(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:

@@ -12,8 +12,10 @@ from overture.spec.modules import (
     unwrapped,
 )
 from overture.spec.probe import AttentionLayer
+from overture.spec.tasks import TASKS, named_task, task_of
 
 __all__ = [
+    "TASKS",
     "AttentionLayer",
     "ModelSpec",
     "attention_modules",
@@ -21,7 +23,9 @@ __all__ = [
     "block_modules",
     "evaluating",
     "execution_device",
+    "named_task",
     "stacks",
+    "task_of",
     "token_embedding",
     "unwrapped",
 ]

@@ -7,6 +7,7 @@ import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
@@ -27,9 +28,10 @@ from overture.tuning.config import TuneConfig
 from overture.tuning.data import Row, Source, load_rows
 from overture.tuning.events import Event, Listener
 from overture.tuning.example import Example
-from overture.tuning.forward import frozen
-from overture.tuning.prepare import encode_for, require_causal
+from overture.tuning.examples import encode_for
+from overture.tuning.forward import Trained, frozen
 from overture.tuning.results import CohortResult, TuneResult
+from overture.tuning.tasks import Form, Task, task_for
 from overture.tuning.trainee import Trainee
 
 __all__ = ["tune", "tune_many"]
@@ -45,6 +47,7 @@ def tune(
     data: Source,
     *,
     dev: Source | None = None,
+    task: str | None = None,
     config: TuneConfig | None = None,
     name: str = "prompt",
     run_dir: str | PathLike[str] | None = None,
@@ -54,11 +57,13 @@ def tune(
     """Tune one soft prompt on a frozen model.
 
     Args:
-        model: a causal language model of transformers; its weights are never changed.
+        model: a transformers model that writes text, fills a mask, or has a classification head; its weights are never
+            changed. A head's layers are trained as a copy, which goes with the prompt.
         tokenizer: its tokenizer.
         method: `PrefixTuning(...)`, `PromptTuning(...)`, `PTuning(...)` or `DeepPrompt(...)`.
         data: rows to learn from: a JSONL, CSV or Parquet file, a `datasets.Dataset`, or a list of dicts.
         dev: rows to choose the best step by; None keeps a share of `data` (see `TuneConfig.dev_fraction`).
+        task: what the model must be for, such as `sequence-classification`; None for whatever it is for.
         config: options of the run.
         name: the prompt's name.
         run_dir: folder for checkpoints; None for none.
@@ -70,8 +75,8 @@ def tune(
 
     Raises:
         DataError: the data cannot be read or used.
-        ConfigError: an option is out of range.
-        UnsupportedModelError: the model is no causal language model, or cannot take this kind of prompt.
+        ConfigError: an option is out of range, or the model is for another task than `task`.
+        UnsupportedModelError: the model is for no task that can be tuned, or cannot take this kind of prompt.
         ContextLengthError: the virtual tokens leave no room for text.
         DivergedError: the loss was not finite.
         CheckpointError: the checkpoint is damaged or of another run.
@@ -82,6 +87,7 @@ def tune(
         method,
         {name: data},
         dev=None if dev is None else {name: dev},
+        task=task,
         config=config,
         run_dir=run_dir,
         resume=resume,
@@ -99,6 +105,7 @@ def tune_many(
     data: Mapping[str, Source],
     *,
     dev: Mapping[str, Source] | None = None,
+    task: str | None = None,
     config: TuneConfig | None = None,
     run_dir: str | PathLike[str] | None = None,
     resume: bool = False,
@@ -110,11 +117,12 @@ def tune_many(
     stop are its own. A prompt whose loss diverges fails by itself; the others go on.
 
     Args:
-        model: a causal language model of transformers; its weights are never changed.
+        model: as for `tune`.
         tokenizer: its tokenizer.
         method: one method for all, or one by name.
         data: rows by prompt name.
         dev: dev rows by prompt name; names left out keep a share of their own rows.
+        task: what the model must be for; None for whatever it is for.
         config: options of the run, the same for all.
         run_dir: folder for checkpoints; None for none.
         resume: go on from the checkpoint in `run_dir`, if there is one.
@@ -130,12 +138,15 @@ def tune_many(
     if not data:
         raise ConfigError(expected="data for at least one prompt", got="none", do="pass {'name': rows}")
     methods = _methods(method, data, dev or {})
+    chosen = task_for(model, task)
     trainees = []
     for name, source in data.items():
         with _named(name, len(data)):
-            trainees.append(_trainee(model, tokenizer, name, methods[name], source, (dev or {}).get(name), config))
+            new = _trainee(model, tokenizer, chosen, name, methods[name], source, (dev or {}).get(name), config)
+            trainees.append(new)
     cohort = Cohort(
         model,
+        chosen,
         trainees,
         config,
         filler=filler_id(tokenizer),
@@ -162,37 +173,34 @@ def tune_many(
 def _trainee(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    task: Task,
     name: str,
     method: Method,
     data: Source,
     dev: Source | None,
     config: TuneConfig,
 ) -> Trainee:
-    spec = require_causal(model)
     rows = load_rows(data)
     dev_rows: Sequence[Row]
     if dev is not None:
         dev_rows = load_rows(dev, kind="dev")
     else:
         rows, dev_rows = _split(rows, config)
+    form = Form(tokenizer=tokenizer, template=method.template_)
+    words = getattr(method, "verbalizer", None)
     with frozen(model):
         module = method.build(Frozen(model, tokenizer), Generator().manual_seed(config.seed))
+        head = task.head(model, form, [*rows, *dev_rows], words, Generator().manual_seed(config.seed))
     module.to(execution_device(model))
+    form = replace(form, head=head)
     with torch.no_grad():
         value = module()
 
     def encoded(some: Sequence[Row]) -> list[Example]:
-        return encode_for(
-            spec,
-            tokenizer,
-            value,
-            method.template_,
-            some,
-            max_length=config.max_length,
-            truncate=config.truncate,
-        )
+        spec = ModelSpec.of(model)
+        return encode_for(task, spec, value, form, some, max_length=config.max_length, truncate=config.truncate)
 
-    return Trainee(name, method, module, encoded(rows), encoded(dev_rows) if dev_rows else [], config)
+    return Trainee(name, method, module, form, encoded(rows), encoded(dev_rows) if dev_rows else [], config)
 
 
 def _methods(
@@ -250,10 +258,11 @@ def _result(model: PreTrainedModel, trainee: Trainee, cohort: Cohort) -> TuneRes
     trainee.restore_best()
     spec = ModelSpec.of(model)
     with torch.no_grad(), frozen(model):
-        prepared = trainee.module()
+        prepared, head = trainee.module(), trainee.answers()
         measured = trainee.dev or trainee.train
-        loss = mean_losses(model, [(prepared, measured)], trainee.config, cohort.filler)[0]
+        loss = mean_losses(model, cohort.task, [(Trained(prepared, head), measured)], trainee.config, cohort.filler)[0]
         value = fold(model, prepared)
+        head = head and head.map(lambda t: t.detach().float().cpu().contiguous())
     metrics = {
         "frozen_loss": trainee.frozen_loss,
         "loss": loss,
@@ -263,13 +272,13 @@ def _result(model: PreTrainedModel, trainee: Trainee, cohort: Cohort) -> TuneRes
         "dev_rows": len(trainee.dev),
     }
     method = trainee.method
-    prompt = SoftPrompt(value, spec.base, method.template_, method.describe(), metrics, trainee.name)
+    prompt = SoftPrompt(value, spec.base, method.template_, method.describe(), metrics, trainee.name, head)
     prompt.check_finite()
     return TuneResult(
         name=trainee.name,
         prompt=prompt,
         method=method.name,
-        trained_parameters=sum(p.numel() for p in trainee.module.parameters()),
+        trained_parameters=sum(p.numel() for p in trainee.parameters().values()),
         stored_parameters=prompt.num_parameters,
         base_parameters=spec.num_parameters,
         frozen_loss=trainee.frozen_loss,
@@ -308,9 +317,13 @@ def _identity(base: BaseModelId, trainees: Sequence[Trainee], config: TuneConfig
     """Digest of all that a run's result depends on."""
     digest = hashlib.sha256(json.dumps([base.architecture, base.digest, config.as_dict()], sort_keys=True).encode())
     for trainee in trainees:
-        digest.update(json.dumps([trainee.name, trainee.method.describe()], sort_keys=True).encode())
+        head = trainee.form.head
+        labels = head and [head.task, head.labels, head.words]
+        digest.update(json.dumps([trainee.name, trainee.method.describe(), labels], sort_keys=True).encode())
+        for tensor in head.tensors.values() if head else ():
+            digest.update(tensor.cpu().numpy().tobytes())
         for example in (*trainee.train, *trainee.dev):
-            digest.update(repr((example.ids, example.targets, example.slots)).encode())
+            digest.update(repr(example).encode())
     return digest.hexdigest()
 
 

@@ -13,14 +13,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from overture.errors import DivergedError, OvertureError
-from overture.runtime.prompts import RowPrompt
 from overture.runtime.recompute import checkpointed_blocks, checkpointing
 from overture.spec import execution_device
 from overture.tuning.checkpoint import load_checkpoint, save_checkpoint
 from overture.tuning.config import TuneConfig
 from overture.tuning.events import CheckpointSaved, Evaluated, Failed, Finished, Listener, StepDone
 from overture.tuning.example import Example
-from overture.tuning.forward import frozen, row_losses
+from overture.tuning.forward import Trained, frozen
+from overture.tuning.tasks import Task
 from overture.tuning.trainee import Trainee
 
 __all__ = ["Cohort", "mean_losses"]
@@ -36,6 +36,7 @@ class Cohort:
 
     Args:
         model: the frozen model.
+        task: what it is trained to answer.
         trainees: the prompts in training.
         config: the run's options.
         filler: token id for padding.
@@ -47,6 +48,7 @@ class Cohort:
     def __init__(
         self,
         model: PreTrainedModel,
+        task: Task,
         trainees: Sequence[Trainee],
         config: TuneConfig,
         *,
@@ -55,7 +57,7 @@ class Cohort:
         checkpoint: Path | None,
         identity: str,
     ) -> None:
-        self.model, self.trainees, self.config, self.filler = model, list(trainees), config, filler
+        self.model, self.task, self.trainees, self.config, self.filler = model, task, list(trainees), config, filler
         self.tell, self.checkpoint, self.identity = listener, checkpoint, identity
         self.failures: dict[str, OvertureError] = {}
         self.seconds = 0.0
@@ -95,7 +97,7 @@ class Cohort:
 
     def _measure_start(self) -> None:
         fresh = [t for t in self.active if t.step == 0]
-        losses = mean_losses(self.model, [(None, t.dev or t.train) for t in fresh], self.config, self.filler)
+        losses = self._measured([(t.untuned(), t.dev or t.train) for t in fresh])
         for trainee, loss in zip(fresh, losses, strict=True):
             trainee.frozen_loss = loss
 
@@ -104,19 +106,18 @@ class Cohort:
         targets = [sum(e.num_targets for batch in passes for e in batch) for passes in batches]
         totals = torch.zeros(len(active))
         for part in range(self.config.gradient_accumulation):
-            rows: list[RowPrompt] = []
+            rows: list[Trained] = []
             owners: list[int] = []
             examples: list[Example] = []
             for owner, (trainee, passes) in enumerate(zip(active, batches, strict=True)):
-                value = trainee.value()
-                rows += [value] * len(passes[part])
+                rows += [trainee.noisy()] * len(passes[part])
                 owners += [owner] * len(passes[part])
                 examples += passes[part]
             with (
                 precision(self.model, self.config),
                 checkpointed_blocks(self.model, checkpointing() if self.config.gradient_checkpointing else None),
             ):
-                sums = row_losses(self.model, rows, examples, filler=self.filler)
+                sums = self.task.losses(self.model, rows, examples, self.filler)
             means = _by_owner(sums, owners, len(active)) / torch.tensor(targets, device=sums.device)
             means.sum().backward()
             totals += means.detach().cpu()
@@ -135,10 +136,13 @@ class Cohort:
     @torch.no_grad()
     def _evaluate(self, trainees: Sequence[Trainee]) -> None:
         measured = [t for t in trainees if t.dev]
-        pairs = [(t.module(), t.dev) for t in measured]
-        for trainee, loss in zip(measured, mean_losses(self.model, pairs, self.config, self.filler), strict=True):
+        losses = self._measured([(t.plain(), t.dev) for t in measured])
+        for trainee, loss in zip(measured, losses, strict=True):
             best = trainee.judge(loss)
             self.tell(Evaluated(trainee.name, trainee.step, loss, best))
+
+    def _measured(self, pairs: Sequence[tuple[Trained, Sequence[Example]]]) -> list[float]:
+        return mean_losses(self.model, self.task, pairs, self.config, self.filler)
 
     def _save(self, step: int) -> None:
         if self.checkpoint is not None:
@@ -158,21 +162,23 @@ def precision(model: PreTrainedModel, config: TuneConfig) -> AbstractContextMana
 @torch.no_grad()
 def mean_losses(
     model: PreTrainedModel,
-    pairs: Sequence[tuple[RowPrompt, Sequence[Example]]],
+    task: Task,
+    pairs: Sequence[tuple[Trained, Sequence[Example]]],
     config: TuneConfig,
     filler: int,
 ) -> list[float]:
-    """Mean loss per target token (nats) of each prompt on its own rows, all in shared batches.
+    """Mean loss per target (nats) of each prompt on its own rows, all in shared batches.
 
     Args:
         model: the frozen model.
-        pairs: a prompt (None for the frozen model) and its rows.
+        task: what it is trained to answer.
+        pairs: what rows are run under, and the rows.
         config: for the precision.
         filler: token id for padding.
     """
     work = [
-        (owner, value, example.without_slots() if value is None else example)
-        for owner, (value, examples) in enumerate(pairs)
+        (owner, trained, example.without_places() if trained.value is None else example)
+        for owner, (trained, examples) in enumerate(pairs)
         for example in examples
     ]
     work.sort(key=lambda item: len(item[2].ids))
@@ -180,7 +186,7 @@ def mean_losses(
     for start in range(0, len(work), _EVALUATION_ROWS):
         owners, rows, examples = zip(*work[start : start + _EVALUATION_ROWS], strict=True)
         with precision(model, config):
-            sums = row_losses(model, rows, examples, filler=filler)
+            sums = task.losses(model, rows, examples, filler)
         totals += _by_owner(sums, owners, len(pairs)).double().cpu()
     counts = [sum(example.num_targets for example in examples) for _, examples in pairs]
     return [total / count for total, count in zip(totals.tolist(), counts, strict=True)]

@@ -19,9 +19,11 @@ class TuneConfig:
     batch_size: int = 8
     """Rows per prompt and forward pass, 1 or more."""
     gradient_accumulation: int = 1
-    """Forward passes per step, 1 or more; the loss is the mean over all target tokens of a step."""
+    """Forward passes per step, 1 or more; the loss is the mean over all targets of a step."""
     learning_rate: float | None = None
     """Peak step size, above 0, in units of the model's own embedding or key scale; None for the method's default."""
+    head_learning_rate: float = 3e-3
+    """Peak step size of a classification head's own weights, above 0."""
     optimizer: str = "adamw"
     """`"adamw"`, or `"adafactor"` without parameter scaling (arXiv:2104.08691)."""
     schedule: str = "cosine"
@@ -56,10 +58,11 @@ class TuneConfig:
         _require("seed", 0 <= self.seed < 2**63, "between 0 and 2**63 - 1", self.seed)
         for name in ("steps", "batch_size", "gradient_accumulation"):
             _require(name, getattr(self, name) >= 1, "1 or more", getattr(self, name))
-        for name in ("learning_rate", "clip", "eval_every", "patience", "checkpoint_every", "max_length"):
+        for name in ("learning_rate", "head_learning_rate", *_OPTIONAL[1:]):
             value = getattr(self, name)
             _require(name, value is None or value > 0, "above 0", value)
-        _require("learning_rate", (self.learning_rate or 1) <= 1e30, "at most 1e30", self.learning_rate)
+        for name in ("learning_rate", "head_learning_rate"):
+            _require(name, (getattr(self, name) or 1) <= 1e30, "at most 1e30", getattr(self, name))
         _require("warmup", 0 <= self.warmup <= 1, "between 0 and 1", self.warmup)
         _require("weight_decay", self.weight_decay >= 0, "0 or more", self.weight_decay)
         _require("dev_fraction", 0 <= self.dev_fraction <= 0.5, "between 0 and 0.5", self.dev_fraction)
@@ -88,7 +91,7 @@ _INTEGERS = (
     "checkpoint_every",
     "max_length",
 )
-_NUMBERS = ("learning_rate", "warmup", "weight_decay", "clip", "dev_fraction")
+_NUMBERS = ("learning_rate", "head_learning_rate", "warmup", "weight_decay", "clip", "dev_fraction")
 _OPTIONAL = ("learning_rate", "clip", "eval_every", "patience", "checkpoint_every", "max_length")
 
 

@@ -1,4 +1,7 @@
-"""One training row as the model sees it: token ids, which of them count, and where virtual tokens stand between them.
+"""One training row: what the model reads, and what it shall answer.
+
+Each task has an example of its own. Positions in an answer count the row's text tokens alone: wherever virtual tokens
+stand, they never carry one.
 
 Shape suffixes: T tokens.
 """
@@ -6,26 +9,31 @@ Shape suffixes: T tokens.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from overture.runtime.encode import with_places
+from overture.runtime.reading import Reading
 
-__all__ = ["Example"]
+__all__ = ["Example", "TextExample"]
 
 
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One training row as the model sees it. T tokens; leading virtual tokens are not among them."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example(Reading):
+    """One training row. Leading virtual tokens that run ahead are not among its tokens."""
 
-    ids: tuple[int, ...]
-    """Token ids [T]."""
+    @property
+    def num_targets(self) -> int:
+        """How much the row counts in the loss: one answer, or the tokens of one."""
+        return 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextExample(Example):
+    """A row of which some tokens are learned, each from those before it."""
+
     targets: tuple[bool, ...]
     """[T]: True if this token is predicted and counts in the loss. The first never is: no text stands before it."""
-    slots: tuple[int, ...] | None
-    """[T]: -1 for text, else the index of the virtual token standing there; None if no virtual token stands inside."""
-
-    def __len__(self) -> int:
-        return len(self.ids)
+    all_text: bool = False
+    """True if the row is a text learned as it is, and not an answer to something read before."""
 
     @property
     def num_targets(self) -> int:
@@ -39,26 +47,19 @@ class Example:
         start = max(i for i in range(end) if not self.targets[i]) + 1
         return slice(start, end)
 
-    def split(self) -> tuple[tuple[list[int], list[int] | None], list[int]]:
-        """What the model reads (ids and slots) before the row's answer, and the answer."""
+    def split(self) -> tuple[Reading, tuple[int, ...]]:
+        """What the model reads before the row's answer, and the answer."""
         answer = self.answer
-        slots = None if self.slots is None else list(self.slots[: answer.start])
-        return (list(self.ids[: answer.start]), slots), list(self.ids[answer])
+        read = Reading(ids=self.ids[: answer.start], slots=self.slots and self.slots[: answer.start])
+        return read, self.ids[answer]
 
-    def only(self, positions: Iterable[int]) -> Example:
+    # Not `super()`: a class with slots is made twice, and its methods know the first one.
+    def only(self, positions: Iterable[int]) -> TextExample:
         """The row with the tokens at `positions` alone."""
         kept = tuple(positions)
-        slots = None if self.slots is None else tuple(self.slots[i] for i in kept)
-        return Example(tuple(self.ids[i] for i in kept), tuple(self.targets[i] for i in kept), slots)
+        return replace(Reading.only(self, kept), targets=tuple(self.targets[i] for i in kept))
 
-    def with_leading(self, length: int, filler: int) -> Example:
-        """The row with places for `length` virtual tokens in front, for models that cannot run them ahead."""
-        ids, slots = with_places(self.ids, length, filler)
-        return Example(tuple(ids), (*[False] * length, *self.targets), tuple(slots))
-
-    def without_slots(self) -> Example:
-        """The row without places for virtual tokens, as the frozen model reads it."""
-        if self.slots is None:
-            return self
-        text = self.only(i for i, slot in enumerate(self.slots) if slot < 0)
-        return Example(text.ids, text.targets, None)
+    def with_places(self, length: int, at: int, filler: int) -> TextExample:
+        """The row with places for `length` virtual tokens before position `at`."""
+        targets = (*self.targets[:at], *[False] * length, *self.targets[at:])
+        return replace(Reading.with_places(self, length, at, filler), targets=targets)

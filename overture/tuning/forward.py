@@ -1,63 +1,88 @@
-"""One forward pass over rows of many prompts: losses at the target positions only.
+"""One forward pass over rows of many prompts.
 
-Shape suffixes: B rows, T text, N target positions, V vocabulary.
+Shape suffixes: B rows, T text, N chosen positions, V vocabulary.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from overture.runtime.encode import Encoded, batch_rows
-from overture.runtime.prompts import RowPrompt, prompts
+from overture.prompt import Head
+from overture.runtime.prompts import Piece, prompts
+from overture.runtime.reading import Encoded, batch_rows
 from overture.spec import evaluating, execution_device
 from overture.tuning.example import Example
 
-__all__ = ["collate", "frozen", "row_losses"]
+__all__ = ["Trained", "collate", "frozen", "precise", "run", "selected_logits"]
+
+
+class Trained(NamedTuple):
+    """What a row is run under."""
+
+    value: Piece | None
+    """Its prompt; None for the frozen model."""
+    head: Head | None
+    """Its head; None for the model's own."""
 
 
 def collate(examples: Sequence[Example], filler: int) -> Encoded:
     """Examples as one batch, padded on the right."""
-    return batch_rows([(list(e.ids), None if e.slots is None else list(e.slots)) for e in examples], filler, "right")
+    return batch_rows(examples, filler, "right")
 
 
-def row_losses(
-    model: PreTrainedModel, rows: Sequence[RowPrompt], examples: Sequence[Example], *, filler: int = 0
-) -> Float[Tensor, " B"]:
-    """Sum of the losses (nats) over each row's target tokens, under the row's own prompt.
+def run(model: PreTrainedModel, rows: Sequence[Trained], examples: Sequence[Example], filler: int, **more: Any) -> Any:
+    """The model's output for a batch of examples, each under its own prompt and head.
 
     Args:
-        model: the frozen causal language model.
-        rows: one prompt per example.
-        examples: one per row; the first token of a row is never a target.
+        model: the frozen model.
+        rows: one per example.
+        examples: the rows.
         filler: token id that stands in the padding.
-
-    Returns:
-        [B], fp32, differentiable with respect to the prompts.
+        **more: further keywords of the forward pass.
     """
     batch = collate(examples, filler).to(execution_device(model))
-    row, column = _targets(examples, execution_device(model))
-    with prompts(model, rows, batch), _selected_positions(model, row, column - 1):
-        logits: Tensor = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-    losses = cross_entropy(logits.flatten(0, -2).float(), batch.input_ids[row, column], reduction="none")
-    return losses.new_zeros(len(examples)).index_add(0, row, losses)
+    options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    with prompts(model, [row.value for row in rows], batch, heads=[row.head for row in rows]):
+        return model(**batch.inputs(), **options, **more)
 
 
-def _targets(examples: Sequence[Example], device: torch.device) -> tuple[Int[Tensor, " N"], Int[Tensor, " N"]]:
-    places = [(r, c) for r, example in enumerate(examples) for c, target in enumerate(example.targets) if target and c]
-    row, column = torch.tensor(places, dtype=torch.long, device=device).reshape(-1, 2).unbind(1)
-    return row, column
+def selected_logits(
+    model: PreTrainedModel,
+    rows: Sequence[Trained],
+    examples: Sequence[Example],
+    filler: int,
+    places: Sequence[tuple[int, int]],
+) -> Float[Tensor, "N V"]:
+    """A language model's logits at chosen positions alone.
+
+    Args:
+        model: a model with an output embedding.
+        rows: one per example.
+        examples: the rows.
+        filler: token id that stands in the padding.
+        places: row and column of each position.
+    """
+    row, column = torch.tensor(places, dtype=torch.long, device=execution_device(model)).reshape(-1, 2).unbind(1)
+    with _only(model, row, column):
+        logits: Tensor = run(model, rows, examples, filler).logits
+    return precise(logits.flatten(0, -2))
+
+
+def precise(logits: Tensor) -> Tensor:
+    """Logits in fp32 at least, for a loss."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 @contextmanager
-def _selected_positions(model: PreTrainedModel, row: Int[Tensor, " N"], column: Int[Tensor, " N"]) -> Iterator[None]:
+def _only(model: PreTrainedModel, row: Int[Tensor, " N"], column: Int[Tensor, " N"]) -> Iterator[None]:
     """The output layer sees only the chosen positions, as one row of N.
 
     The model's own forward pass does the rest, so that what it does to logits (softcap, scale) stays its own.

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Optimizer
 
 from overture.errors import DivergedError
-from overture.methods import Method, Prepared, PromptModule
+from overture.methods import Method, PromptModule
+from overture.prompt import Head
 from overture.tuning.batches import BatchOrder
 from overture.tuning.config import TuneConfig
 from overture.tuning.example import Example
+from overture.tuning.forward import Trained
+from overture.tuning.head import HeadModule
+from overture.tuning.tasks import Form
 
 __all__ = ["Trainee"]
 
@@ -27,6 +31,7 @@ class Trainee:
         name: the prompt's name.
         method: its method.
         module: the trainable module, on the model's device.
+        form: what its rows have in common; a head in it is trained beside the prompt, from where it stands.
         train: rows to learn from.
         dev: rows to stop and to choose by; may be empty.
         config: the run's options.
@@ -37,22 +42,18 @@ class Trainee:
         name: str,
         method: Method,
         module: PromptModule,
+        form: Form,
         train: Sequence[Example],
         dev: Sequence[Example],
         config: TuneConfig,
     ) -> None:
-        self.name, self.method, self.module, self.train, self.dev, self.config = (
-            name,
-            method,
-            module,
-            train,
-            dev,
-            config,
-        )
+        self.name, self.method, self.module, self.form, self.config = name, method, module, form, config
+        self.train, self.dev = train, dev
+        self.head = HeadModule(form.head) if form.head is not None and form.head.tensors else None
         self.order = BatchOrder(train, config.batch_size, config.seed)
         self.noise = Generator().manual_seed(config.seed)
         self.peak_rate = config.learning_rate or method.learning_rate
-        self.optimizer = _optimizer(module.parameters(), self.peak_rate, config)
+        self.optimizer = _optimizer(module, self.head, self.peak_rate, config)
         self.step = 0
         self.best_loss = math.inf
         self.best_step = 0
@@ -68,10 +69,27 @@ class Trainee:
         passes = self.config.gradient_accumulation
         return [self.order.batch(self.step * passes + i) for i in range(passes)]
 
-    def value(self) -> Prepared:
-        """The prompt with gradient, and with dropout if its method has any."""
-        value: Prepared = self.module(self.noise)
-        return value
+    def noisy(self) -> Trained:
+        """Prompt and head with gradient, and with dropout if the method has any."""
+        return Trained(self.module(self.noise), self.answers())
+
+    def plain(self) -> Trained:
+        """Prompt and head as they stand, without dropout."""
+        return Trained(self.module(), self.answers())
+
+    def untuned(self) -> Trained:
+        """The frozen model: no prompt, and the head as it started."""
+        return Trained(None, self.form.head)
+
+    def answers(self) -> Head | None:
+        """The head as it stands, if the task has one."""
+        return self.form.head if self.head is None else self.head()
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """All that training changes, by name."""
+        found = {f"prompt.{name}": parameter for name, parameter in self.module.named_parameters()}
+        head = {} if self.head is None else dict(self.head.named_parameters())
+        return found | {f"head.{name}": parameter for name, parameter in head.items()}
 
     def update(self, loss: float) -> None:
         """Take one optimizer step on the gradients at hand.
@@ -89,9 +107,9 @@ class Trainee:
                 do="lower the learning rate, and look for broken rows in the data",
             )
         if self.config.clip is not None:
-            clip_grad_norm_(self.module.parameters(), self.config.clip)
+            clip_grad_norm_(self.parameters().values(), self.config.clip)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.peak_rate * _rate(self.step, self.config)
+            group["lr"] = group["peak"] * _rate(self.step, self.config)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -105,7 +123,7 @@ class Trainee:
         better = loss < self.best_loss
         if better:
             self.best_loss, self.best_step, self.stale = loss, self.step, 0
-            self.best = {name: tensor.detach().clone() for name, tensor in self.module.named_parameters()}
+            self.best = {name: tensor.detach().clone() for name, tensor in self.parameters().items()}
         else:
             self.stale += 1
             if self.config.patience is not None and self.stale >= self.config.patience:
@@ -115,13 +133,13 @@ class Trainee:
     @torch.no_grad()
     def restore_best(self) -> None:
         """Put back the parameters with the lowest dev loss, if there was a dev split."""
-        for name, parameter in self.module.named_parameters():
+        for name, parameter in self.parameters().items():
             if self.best is not None:
                 parameter.copy_(self.best[name])
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything that changes, as tensors and as JSON-ready values."""
-        tensors = {f"parameter/{name}": p.detach() for name, p in self.module.named_parameters()}
+        tensors = {f"parameter/{name}": p.detach() for name, p in self.parameters().items()}
         tensors |= {f"best/{name}": tensor for name, tensor in (self.best or {}).items()}
         tensors["noise"] = self.noise.get_state()
         numbers: dict[str, dict[str, float]] = {}
@@ -137,7 +155,7 @@ class Trainee:
     @torch.no_grad()
     def load_state(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
         """Take up a state made by `state`."""
-        for name, parameter in self.module.named_parameters():
+        for name, parameter in self.parameters().items():
             tensor = tensors[f"parameter/{name}"]
             if tensor.shape != parameter.shape:  # copy_ would broadcast
                 raise ValueError(f"{name} is {tuple(tensor.shape)}, not {tuple(parameter.shape)}")
@@ -166,16 +184,19 @@ class Trainee:
 _PLAIN = ("step", "best_loss", "best_step", "stale", "train_curve", "dev_curve", "frozen_loss", "finished")
 
 
-def _optimizer(parameters: Iterable[Tensor], rate: float, config: TuneConfig) -> Optimizer:
+def _optimizer(module: PromptModule, head: HeadModule | None, rate: float, config: TuneConfig) -> Optimizer:
+    groups: list[dict[str, Any]] = [{"params": list(module.parameters()), "lr": rate, "peak": rate}]
+    if head is not None:
+        own = config.head_learning_rate
+        # A head's weights are no offsets from a start, so nothing pulls them back.
+        groups.append({"params": list(head.parameters()), "lr": own, "peak": own, "weight_decay": 0.0})
     if config.optimizer == "adafactor":
         # Imported here, because it brings half of transformers with it.
         from transformers.optimization import Adafactor
 
         # As Prompt Tuning used it: constant rate in the parameters' own units, no relative steps.
-        return Adafactor(
-            parameters, lr=rate, weight_decay=config.weight_decay, scale_parameter=False, relative_step=False
-        )
-    return AdamW(parameters, lr=rate, weight_decay=config.weight_decay)
+        return Adafactor(groups, weight_decay=config.weight_decay, scale_parameter=False, relative_step=False)
+    return AdamW(groups, weight_decay=config.weight_decay)
 
 
 def _rate(step: int, config: TuneConfig) -> float:

@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.masking_utils import eager_mask
 
-from overture.runtime.encode import Encoded
+from overture.runtime.reading import Encoded
 
 VOCAB = 61
 SHAPES = ("llama", "gpt2", "qwen3", "gemma3")

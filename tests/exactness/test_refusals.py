@@ -18,8 +18,8 @@ from overture.errors import (
 )
 from overture.prompt import KVPrefix, SoftPrompt, VirtualTokens
 from overture.runtime.compile import compile_prefixes
-from overture.runtime.encode import Encoded
 from overture.runtime.prompts import prompts
+from overture.runtime.reading import Encoded
 from overture.spec import ModelSpec
 from overture.template import Template
 

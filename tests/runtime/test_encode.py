@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from overture.errors import ConfigError, DataError, OvertureError, UnsupportedModelError
 from overture.prompt import BaseModelId, SoftPrompt, VirtualTokens
 from overture.runtime.encode import Item, encode, encode_prompt
-from overture.runtime.tokens import filler_id, leading_specials
+from overture.runtime.reading import Reading
+from overture.runtime.tokens import filler_id, leading_specials, place_id
 from overture.template import Template
 
 SENTENCES = ["the cat sat on the mat", "user asks and the assistant answers", "Hello world, how are you?"]
@@ -68,6 +69,10 @@ def chat_ids(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> 
     return list(tokenizer.apply_chat_template(messages, **options)["input_ids"])
 
 
+def read(ids: list[int]) -> Reading:
+    return Reading(ids=tuple(ids))
+
+
 def soft(template: str | None, length: int) -> SoftPrompt:
     value = VirtualTokens(torch.zeros(length, 4))
     return SoftPrompt(value, BaseModelId("llama", "0"), template=Template.parse(template) if template else None)
@@ -81,26 +86,26 @@ def refused(item: Any, template: str | None = None) -> OvertureError:
 
 @given(WORDS.filter(bool))
 def test_a_text_keeps_its_leading_special_tokens_only(text: str) -> None:
-    assert encode_prompt(PLAIN, text) == (plain(text), None)
-    assert encode_prompt(BERT_LIKE, text) == (BOS + plain(text), None)
+    assert encode_prompt(PLAIN, text) == read(plain(text))
+    assert encode_prompt(BERT_LIKE, text) == read(BOS + plain(text))
 
 
 def test_special_tokens_written_by_the_user_stay() -> None:
-    assert encode_prompt(BERT_LIKE, "a<|end|>")[0] == [*BOS, *plain("a"), 1]
+    assert encode_prompt(BERT_LIKE, "a<|end|>") == read([*BOS, *plain("a"), 1])
 
 
 def test_leading_special_tokens() -> None:
     assert leading_specials(PLAIN) == []
     assert leading_specials(BERT_LIKE) == BOS
     assert leading_specials(make_tokenizer(around="$A <|end|>")) == []
-    assert encode_prompt(BERT_LIKE, "") == (BOS, None)
+    assert encode_prompt(BERT_LIKE, "") == read(BOS)
 
 
 @pytest.mark.parametrize("tokenizer", [PLAIN, BERT_LIKE])
 def test_messages_are_what_apply_chat_template_gives(tokenizer: PreTrainedTokenizerFast) -> None:
     oracle = chat_ids(tokenizer, QUESTION, add_generation_prompt=True)
     for item in (QUESTION, {"prompt": QUESTION}, {"messages": QUESTION}):
-        assert encode_prompt(tokenizer, item) == (oracle, None)
+        assert encode_prompt(tokenizer, item) == read(oracle)
 
 
 def test_the_last_answer_of_a_data_row_is_left_to_the_model() -> None:
@@ -109,24 +114,24 @@ def test_the_last_answer_of_a_data_row_is_left_to_the_model() -> None:
 
 
 def test_mappings_without_a_template() -> None:
-    assert encode_prompt(PLAIN, {"prompt": "the cat", "other": 1})[0] == plain("the cat")
-    assert encode_prompt(PLAIN, {"text": "the cat"})[0] == plain("the cat")
-    assert encode_prompt(PLAIN, {"text": "the cat", "label": "x"})[0] == plain("the cat\n")
+    assert encode_prompt(PLAIN, {"prompt": "the cat", "other": 1}) == read(plain("the cat"))
+    assert encode_prompt(PLAIN, {"text": "the cat"}) == read(plain("the cat"))
+    assert encode_prompt(PLAIN, {"text": "the cat", "label": "x"}) == read(plain("the cat\n"))
 
 
 @given(first=WORDS, second=WORDS)
 def test_virtual_tokens_stand_where_the_template_says(first: str, second: str) -> None:
     template = Template.parse("[V3]{a} and [V]{b}[V2]")
-    ids, slots = encode_prompt(BERT_LIKE, {"a": first, "b": second}, template)
+    row = encode_prompt(BERT_LIKE, {"a": first, "b": second}, template)
     parts = [plain(f"{first} and "), plain(second)]
-    # filler_id of this tokenizer is eos, 1
-    assert ids == [*BOS, 1, 1, 1, *parts[0], 1, *parts[1], 1, 1]
-    assert slots == [-1, 0, 1, 2, *[-1] * len(parts[0]), 3, *[-1] * len(parts[1]), 4, 5]
+    place = place_id(BERT_LIKE)
+    assert list(row.ids) == [*BOS, place, place, place, *parts[0], place, *parts[1], place, place]
+    assert row.slots == (-1, 0, 1, 2, *[-1] * len(parts[0]), 3, *[-1] * len(parts[1]), 4, 5)
 
 
 def test_leading_virtual_tokens_are_left_to_the_runtime() -> None:
     template = Template.parse("[V3][V2]Text: {a}")
-    oracle = (BOS + plain("Text: the cat"), None)
+    oracle = read(BOS + plain("Text: the cat"))
     assert encode_prompt(BERT_LIKE, {"a": "the cat"}, template) == oracle
     assert encode_prompt(BERT_LIKE, "the cat", template) == oracle, "a text fills a template's only column"
 
@@ -150,10 +155,10 @@ def test_a_batch_is_its_rows_padded(side: Any, eos: str | None) -> None:
     batch = encode(tokenizer, items, prompts, padding_side=side)
     assert batch.slots is not None
     for row, (item, prompt) in enumerate(zip(items, prompts, strict=True)):
-        ids, slots = encode_prompt(tokenizer, item, prompt.template if prompt else None)
+        one = encode_prompt(tokenizer, item, prompt.template if prompt else None)
         kept = batch.attention_mask[row].bool()
-        assert batch.input_ids[row][kept].tolist() == ids
-        assert batch.slots[row][kept].tolist() == (slots or [-1] * len(ids))
+        assert batch.input_ids[row][kept].tolist() == list(one.ids)
+        assert batch.slots[row][kept].tolist() == list(one.slots or [-1] * len(one))
         assert (batch.slots[row][~kept] == -1).all()
         mask = batch.attention_mask[row].tolist()
         assert mask == sorted(mask, reverse=side == "right")

@@ -10,7 +10,8 @@ from trl import SFTConfig, SFTTrainer
 import overture as ov
 from overture.tuning.data import load_rows
 from overture.tuning.examples import encode_rows
-from overture.tuning.forward import row_losses
+from overture.tuning.forward import Trained
+from overture.tuning.tasks import TASKS, Form
 
 METHODS = {
     "prefix": ov.PrefixTuning(num_virtual_tokens=4, reparameterization_hidden=16),
@@ -34,9 +35,10 @@ def make_trainer(tokenizer, tmp_path):
 
 def _row_loss(model, tokenizer, rows):
     """The loss that `overture.tune` measures: the mean over target tokens, every row under the prompt."""
-    examples = encode_rows(load_rows(rows), tokenizer, max_tokens=100)
+    task = TASKS["causal-lm"]
+    examples = encode_rows(task, load_rows(rows), Form(tokenizer=tokenizer), max_tokens=100)
     with torch.no_grad():
-        sums = row_losses(model.base, [model.prompt()] * len(examples), examples)
+        sums = task.losses(model.base, [Trained(model.prompt(), None)] * len(examples), examples, 0)
     return sums.sum().item() / sum(example.num_targets for example in examples)
 
 

@@ -10,10 +10,12 @@ from transformers import PreTrainedTokenizerFast
 
 from overture.errors import DataError, UnsupportedModelError
 from overture.runtime.encode import encode_prompt
+from overture.runtime.tokens import place_id
 from overture.template import Template
 from overture.tuning.data import load_rows
-from overture.tuning.example import Example
+from overture.tuning.example import TextExample
 from overture.tuning.examples import encode_rows
+from overture.tuning.tasks import TASKS, Form
 
 SENTENCES = ["the cat sat on the mat", "user asks and the assistant answers", "Hello world, how are you?"]
 CHAT = (
@@ -75,17 +77,28 @@ def chat_ids(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> 
     return list(tokenizer.apply_chat_template(messages, **options)["input_ids"])
 
 
-def one(row: dict[str, Any], tokenizer: PreTrainedTokenizerFast = PLAIN, **options: Any) -> Example:
-    return encode_rows(load_rows([row]), tokenizer, **{"max_tokens": 1000} | options)[0]
+def encoded(
+    rows: list[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerFast,
+    template: Template | None = None,
+    max_tokens: int = 1000,
+    **options: Any,
+) -> list[TextExample]:
+    form = Form(tokenizer=tokenizer, template=template)
+    return encode_rows(TASKS["causal-lm"], load_rows(rows), form, max_tokens=max_tokens, **options)  # type: ignore[return-value]
+
+
+def one(row: dict[str, Any], tokenizer: PreTrainedTokenizerFast = PLAIN, **options: Any) -> TextExample:
+    return encoded([row], tokenizer, **options)[0]
 
 
 def refused(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerFast = PLAIN, **options: Any) -> DataError:
     with pytest.raises(DataError) as caught:
-        encode_rows(load_rows(rows), tokenizer, **{"max_tokens": 1000} | options)
+        encoded(rows, tokenizer, **options)
     return caught.value
 
 
-def learned(example: Example) -> list[int]:
+def learned(example: TextExample) -> list[int]:
     return [token for token, target in zip(example.ids, example.targets, strict=True) if target]
 
 
@@ -94,7 +107,7 @@ def test_a_pair_is_the_prompt_then_the_completion_then_eos(prompt: str, completi
     for tokenizer, front in ((PLAIN, []), (BOS_EOS, [0])):
         example = one({"prompt": prompt, "completion": completion}, tokenizer)
         head, tail = [*front, *plain(prompt)], [*plain(completion), EOS]
-        assert example == Example((*head, *tail), (False,) * len(head) + (True,) * len(tail), None)
+        assert example == TextExample(ids=(*head, *tail), targets=(False,) * len(head) + (True,) * len(tail))
 
 
 def test_without_an_eos_token_none_is_added() -> None:
@@ -107,7 +120,7 @@ def test_a_chat_pair_is_what_generation_reads_and_writes(tokenizer: PreTrainedTo
     example = one({"prompt": CHAT_ROW[:1], "completion": CHAT_ROW[1:2]}, tokenizer)
     read = chat_ids(tokenizer, CHAT_ROW[:1], add_generation_prompt=True)
     # The line break behind <|end|> is never written: generation has stopped.
-    assert example == Example((*read, *plain("Hello<|end|>")), (False,) * len(read) + (True,) * 2, None)
+    assert example == TextExample(ids=(*read, *plain("Hello<|end|>")), targets=(False,) * len(read) + (True,) * 2)
 
 
 def test_an_answer_that_the_chat_template_leaves_open_is_closed() -> None:
@@ -146,9 +159,10 @@ def test_marks_and_prefixes_agree_on_the_last_answer_of_a_pair() -> None:
 @given(WORDS.filter(str.strip))
 def test_text_learns_every_token_but_the_first(text: str) -> None:
     ids = plain(text)
-    assert one({"text": text}) == Example((*ids, EOS), (False,) + (True,) * len(ids), None)
+    learns = (False,) + (True,) * len(ids)
+    assert one({"text": text}) == TextExample(ids=(*ids, EOS), targets=learns, all_text=True)
     # A bos token is that first one.
-    assert one({"text": text}, BOS_EOS) == Example((0, *ids, EOS), (False,) + (True,) * (len(ids) + 1), None)
+    assert one({"text": text}, BOS_EOS) == TextExample(ids=(0, *ids, EOS), targets=(*learns, True), all_text=True)
 
 
 @pytest.mark.parametrize(("label", "written"), [("positive", "positive"), (1, "1"), (0, "0"), (True, "True")])
@@ -167,7 +181,8 @@ def test_a_template_gives_the_prompt_side(target: str) -> None:
     example = one(row, BOS_EOS, template=template)
     answer = [*plain("yes"), EOS]
     first, second = plain("the cat "), plain("sat")
-    assert list(example.ids) == [0, EOS, EOS, EOS, *first, EOS, *second, *answer]
+    filler = place_id(BOS_EOS)
+    assert list(example.ids) == [0, filler, filler, filler, *first, filler, *second, *answer]
     assert example.slots == (-1, 0, 1, 2, *[-1] * len(first), 3, *[-1] * (len(second) + len(answer)))
     assert learned(example) == answer
 
@@ -304,7 +319,8 @@ def test_truncation_never_cuts_virtual_tokens() -> None:
     row = {"x": "the cat sat", "y": "on", "completion": "mat"}
     full = one(row, template=template)
     example = one(row, template=template, max_tokens=len(full) - 2, truncate=True)
-    assert example == Example(full.ids[2:], full.targets[2:], full.slots[2:] if full.slots else None)
+    assert full.slots is not None
+    assert example == TextExample(ids=full.ids[2:], targets=full.targets[2:], slots=full.slots[2:])
     smallest = one(row, template=template, max_tokens=3 + full.num_targets, truncate=True)
     assert smallest.slots == (0, 1, 2, *[-1] * full.num_targets)
 
@@ -314,7 +330,7 @@ def test_truncation_of_a_chat_and_of_a_text() -> None:
     example = one({"messages": CHAT_ROW}, max_tokens=12, truncate=True)
     assert (example.ids, example.targets) == (full.ids[-12:], full.targets[-12:])
     text = one({"text": "the cat sat on the mat"}, BOS_EOS, max_tokens=3, truncate=True)
-    assert text == Example((0, *plain("the cat")), (False, True, True), None)
+    assert text == TextExample(ids=(0, *plain("the cat")), targets=(False, True, True), all_text=True)
 
 
 def test_an_answer_that_alone_is_too_long() -> None:

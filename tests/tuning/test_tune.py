@@ -21,10 +21,12 @@ from overture.tuning.config import TuneConfig
 from overture.tuning.data import load_rows
 from overture.tuning.evaluate import evaluate
 from overture.tuning.events import CheckpointSaved, Evaluated, Failed, StepDone
-from overture.tuning.example import Example
+from overture.tuning.example import TextExample
 from overture.tuning.examples import encode_rows
-from overture.tuning.forward import row_losses
+from overture.tuning.forward import Trained
+from overture.tuning.tasks import TASKS, Form
 
+CAUSAL = TASKS["causal-lm"]
 FAST = TuneConfig(steps=12, batch_size=4, eval_every=4)
 METHODS = {
     "prefix": PrefixTuning(num_virtual_tokens=4, dropout=0.1),
@@ -61,9 +63,9 @@ def test_a_prompt_lowers_the_loss_and_leaves_the_base_alone(name, model, tokeniz
 
 def test_losses_are_the_plain_models_cross_entropy(model, tokenizer, rows):
     """Oracle: transformers' own loss on each row alone, with labels on the completion only."""
-    examples = encode_rows(load_rows(rows("blue cup", 5)), tokenizer, max_tokens=90)
+    examples = encode_rows(CAUSAL, load_rows(rows("blue cup", 5)), Form(tokenizer=tokenizer), max_tokens=90)
     with torch.no_grad():
-        sums = row_losses(model, [None] * 5, examples)
+        sums = CAUSAL.losses(model, [Trained(None, None)] * 5, examples, 0)
     for total, example in zip(sums, examples, strict=True):
         ids = torch.tensor([example.ids])
         labels = ids.masked_fill(~torch.tensor([example.targets]), -100)
@@ -288,7 +290,7 @@ def test_evaluation_equals_the_reported_loss_and_counts_exact_answers(model, tok
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=70), st.integers(1, 9), st.integers(0, 3))
 def test_every_epoch_holds_every_row_once(lengths, batch_size, seed):
-    examples = [Example((i,) * n, (True,) * n, None) for i, n in enumerate(lengths)]
+    examples = [TextExample(ids=(i,) * n, targets=(True,) * n) for i, n in enumerate(lengths)]
     order = BatchOrder(examples, batch_size, seed)
     again = BatchOrder(examples, batch_size, seed)
     for epoch in range(2):
