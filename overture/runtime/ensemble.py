@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from overture.errors import ConfigError
@@ -23,7 +23,7 @@ from overture.runtime.generate import generate_ids, require_generation, room
 from overture.runtime.joint import asked, jointly
 from overture.runtime.prompts import prompts as using_prompts
 from overture.runtime.tokens import eos_ids, filler_id, text_ids
-from overture.spec import ModelSpec, evaluating, execution_device
+from overture.spec import ModelSpec, evaluating, execution_device, unwrapped
 
 __all__ = ["EnsembleAnswer", "ensemble"]
 
@@ -41,7 +41,7 @@ class EnsembleAnswer:
 
 
 def ensemble(
-    model: PreTrainedModel,
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[SoftPrompt | None],
     inputs: Sequence[Item],
@@ -64,7 +64,7 @@ def ensemble(
     answer. Equal means: the earliest choice.
 
     Args:
-        model: a causal language model.
+        model: a causal language model of transformers, or one that PEFT wraps.
         tokenizer: its tokenizer.
         prompts: one or more; None among them is the frozen model.
         inputs: texts, message lists, or mappings with the columns of the prompts' templates.
@@ -78,6 +78,7 @@ def ensemble(
         ConfigError: an option that is not possible, or no prompts.
         As `generate`.
     """
+    model = unwrapped(model)
     require_generation(model)
     _check(prompts, choices, how, batch_size, options)
     each = len(prompts) * len(choices or [""])

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from overture.errors import ConfigError, ContextLengthError, DataError, UnsupportedModelError
@@ -16,7 +16,7 @@ from overture.runtime.encode import Encoded, Item, encode
 from overture.runtime.host import stands_in_text
 from overture.runtime.prompts import prompts as using_prompts
 from overture.runtime.tokens import filler_id
-from overture.spec import ModelSpec, execution_device
+from overture.spec import ModelSpec, execution_device, unwrapped
 
 __all__ = ["foreign_id", "generate", "generate_ids", "require_generation", "room"]
 
@@ -24,7 +24,7 @@ _DEFAULT_NEW_TOKENS = 64
 
 
 def generate(
-    model: PreTrainedModel,
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     prompts: SoftPrompt | Sequence[SoftPrompt | None] | None,
     inputs: Sequence[Item],
@@ -35,7 +35,7 @@ def generate(
     """Answer every input under its own prompt, all in one batch.
 
     Args:
-        model: a causal language model.
+        model: a causal language model of transformers, or one that PEFT wraps.
         tokenizer: its tokenizer; it needs no padding token.
         prompts: one prompt per input, or one for all; None is the frozen model.
         inputs: texts, message lists, or mappings with the columns of the prompt's template.
@@ -54,6 +54,7 @@ def generate(
         UnsupportedModelError: the model cannot generate, or is an encoder-decoder.
         BaseMismatchError: a prompt belongs to another base model.
     """
+    model = unwrapped(model)
     require_generation(model)
     rows = list(prompts) if isinstance(prompts, Sequence) else [prompts] * len(inputs)
     if len(rows) != len(inputs):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from overture.prompt import BaseModelId
+from overture.spec import adapters
 from overture.spec.modules import backbone, embedding_table, execution_device, hooks, token_embedding
 from overture.spec.probe import AttentionLayer
 
@@ -27,7 +28,8 @@ def identify(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> BaseMo
 
     Values are compared in bfloat16, so that a checkpoint stored in fp32 or bf16 is one base in either. Quantised
     weights count as the numbers they stand for, which are others than those they were made from. A task head is left
-    out: a causal model and a classifier over the same backbone share a base.
+    out: a causal model and a classifier over the same backbone share a base. PEFT adapters that act are a part of the
+    base; without any it has the digest that it had before PEFT wrapped it.
     """
     heads = [(layer.heads, layer.kv_heads, layer.key_dim, layer.value_dim, layer.window) for layer in layers]
     bases = sorted(float(found["rope_theta"]) for found in rope_parameters(model) if "rope_theta" in found)
@@ -35,6 +37,9 @@ def identify(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> BaseMo
     for name, (shape, sample) in sorted(_samples(backbone(model)).items()):
         digest.update(f"{name}{shape}".encode())
         digest.update(sample)
+    for path, layer in adapters.layers(backbone(model)):
+        scales = list(adapters.acting(layer).values())
+        digest.update(f"{path}{scales}".encode() if scales else b"")
     # A folder's name says which model it is; the folders above it say where somebody keeps it, which is theirs.
     name = str(getattr(model.config, "_name_or_path", "") or "")
     name = Path(name).name if Path(name).is_dir() else name
@@ -62,17 +67,27 @@ def rope_parameters(model: PreTrainedModel) -> list[dict[str, Any]]:
 
 
 def _samples(base: nn.Module) -> dict[str, tuple[tuple[int, ...], bytes]]:
-    """Shape and sampled values of every parameter and saved buffer, by name."""
+    """Shape and sampled values of every parameter and saved buffer, by name; those of idle adapters are left out."""
     samples: dict[str, tuple[tuple[int, ...], bytes]] = {}
+    known = adapters.known_as(base)
+    paths: dict[str, str | None] = {}
+
+    def named(parent: str | None, own: str, found: str) -> str | None:
+        return None if parent is None else known.get(found, f"{parent}.{own}" if parent else own)
+
     for path, module in base.named_modules():
+        above, _, last = path.rpartition(".")
+        paths[path] = named(paths[above], last, path) if path else ""
         own = [name for name, _ in module.named_parameters(recurse=False)]
         own += [
             name for name, _ in module.named_buffers(recurse=False) if name not in module._non_persistent_buffers_set
         ]
         with _brought_in(module):
             for name in own:
-                tensor: Tensor = getattr(module, name)
-                samples[f"{path}.{name}" if path else name] = (tuple(tensor.shape), _sampled(tensor.detach()))
+                called = named(paths[path], name, f"{path}.{name}")
+                if called is not None:
+                    tensor: Tensor = getattr(module, name)
+                    samples[called] = (tuple(tensor.shape), _sampled(tensor.detach()))
     return samples
 
 

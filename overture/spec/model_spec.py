@@ -6,17 +6,19 @@ from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from overture.errors import UnsupportedModelError
 from overture.prompt import BaseModelId
+from overture.spec import adapters
 from overture.spec.identity import embedding_scale, identify, rope_parameters
 from overture.spec.modules import backbone, embedding_table, evaluating, text_encoder, unwrapped
 from overture.spec.probe import AttentionLayer, first_position, meets_in_attention_only, record
 
 __all__ = ["ModelSpec"]
 
+_WATCHED = 16
 _LEARNED_POSITIONS = ("position_embeddings", "wpe", "embed_positions")
 
 
@@ -54,18 +56,17 @@ class ModelSpec:
     """Why a `KVPrefix` cannot enter this model; None if it can."""
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> ModelSpec:
+    def of(cls, model: nn.Module) -> ModelSpec:
         """Probe `model` with forward passes of two tokens; later calls return the same value while its weights stay.
 
         Raises:
             UnsupportedModelError: the model has no token embedding to prompt.
         """
-        model = unwrapped(model)
-        # Every change of a weight in place counts up its version.
-        version = sum(parameter._version for parameter in model.parameters())
-        known = _SPECS.get(model)
-        if known is None or known[0] != version:
-            known = _SPECS[model] = (version, _probe(model))
+        inner = unwrapped(model)
+        state = _state(inner)
+        known = _SPECS.get(inner)
+        if known is None or known[0] != state:
+            known = _SPECS[inner] = (state, _probe(inner))
         return known[1]
 
     @property
@@ -88,7 +89,19 @@ class ModelSpec:
             )
 
 
-_SPECS: WeakKeyDictionary[nn.Module, tuple[int, ModelSpec]] = WeakKeyDictionary()
+_SPECS: WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], ModelSpec]] = WeakKeyDictionary()
+
+
+def _state(model: PreTrainedModel) -> tuple[object, ...]:
+    """What is another whenever the model is: cheap to find, since every use of a prompt asks for it."""
+    parameters = list(model.parameters())
+    # Every change of a weight in place counts up its version, but for one through `.data`, as when PEFT merges an
+    # adapter. That changes every block, so that a few numbers of the last one show it.
+    versions = sum(0 if parameter.is_inference() else parameter._version for parameter in parameters)
+    watched = [p.detach() for p in parameters[-_WATCHED:] if p.numel() and not p.is_meta and type(p.data) is Tensor]
+    numbers = tuple(float(tensor[(0,) * tensor.ndim]) for tensor in watched)
+    acting = tuple(tuple(adapters.acting(layer).items()) for _, layer in adapters.layers(model))
+    return versions, len(parameters), numbers, acting
 
 
 def _probe(model: PreTrainedModel) -> ModelSpec:

@@ -6,10 +6,12 @@ differs by 1e-16 in a batch of another shape may round to another fp32 number th
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -250,3 +252,16 @@ def test_refuses_what_generate_refuses(model, tokenizer, rows):
 
 def test_no_inputs_no_answers(model, tokenizer, rows):
     assert ensemble(model, tokenizer, rows, [], choices=CHOICES) == []
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # asked by PEFT
+def test_a_model_that_peft_wraps(model, tokenizer):
+    """Oracle: the model inside, which carries the adapter."""
+    wrapped = get_peft_model(copy.deepcopy(model), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    inside = wrapped.get_base_model()
+    prompt = SoftPrompt(VirtualTokens(torch.randn(3, 32)), ModelSpec.of(wrapped).base)
+    for options in ({"choices": CHOICES}, {"max_new_tokens": 3}):
+        outputs = [ensemble(m, tokenizer, [prompt, None], INPUTS, **options) for m in (wrapped, inside)]
+        assert outputs[0] == outputs[1]
+    outputs = [generate(m, tokenizer, prompt, INPUTS, max_new_tokens=3) for m in (wrapped, inside)]
+    assert outputs[0] == outputs[1]
