@@ -27,7 +27,7 @@ from overture.prompt import KVPrefix, SoftPrompt, Value, VirtualTokens
 from overture.runtime.attention import Path, PlainAttention, PrefixAttention
 from overture.runtime.embedding import TokenRows
 from overture.runtime.rows import PrefixRows, repeats
-from overture.spec import ModelSpec, attention_modules, stacks, token_embedding, unwrapped
+from overture.spec import ModelSpec, attention_modules, stacks, surrounding, token_embedding, unwrapped
 
 __all__ = ["Host", "Rows", "stands_in_text"]
 
@@ -107,6 +107,11 @@ class Host:
             host = _HOSTS[embedding] = cls(inner)
             for entrance in host.stacks:
                 host._hook(entrance)
+            around = surrounding(inner, host.spec.layers)
+            if around is not None:
+                host._know(around)
+                if _numbered not in around._forward_pre_hooks.values():
+                    around.register_forward_pre_hook(_numbered, with_kwargs=True)
             embedding.overture_seam = host.seam  # type: ignore[assignment]
             if _embedded not in embedding._forward_hooks.values():
                 embedding.register_forward_hook(_embedded)
@@ -120,11 +125,14 @@ class Host:
 
     def _hook(self, entrance: nn.Module) -> None:
         # Plain functions that look the host up: a pickled or copied model takes its hooks along.
-        _HOSTS[entrance] = self
-        entrance.overture_seam = self.seam  # type: ignore[assignment]
+        self._know(entrance)
         if _before not in entrance._forward_pre_hooks.values():
             entrance.register_forward_pre_hook(_before, with_kwargs=True)
             entrance.register_forward_hook(_after, always_call=True)
+
+    def _know(self, module: nn.Module) -> None:
+        _HOSTS[module] = self
+        module.overture_seam = self.seam  # type: ignore[assignment]
 
     @contextmanager
     def using(self, rows: Rows | None) -> Iterator[None]:
@@ -210,8 +218,23 @@ class Host:
                 self.layers,
                 path=rows.path,
                 windows=self.windows if rows.in_window else None,
-                positions=kwargs.get("position_ids"),
+                positions=_first_axis(kwargs.get("position_ids")),
             )
+        return (), kwargs
+
+    def numbered(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Before a model around a stack numbers the positions: number the text without its padding.
+
+        Padding may not stand between a prefix and the text.
+        """
+        kwargs = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
+        if self.rows is None or kwargs.get("position_ids") is not None or self.spec.first_position is None:
+            return None
+        text = _text(kwargs)
+        nothing = torch.zeros(1, dtype=torch.long)
+        kwargs["position_ids"] = self._positions(kwargs, text.shape[1], _start(kwargs, self.rows), nothing)
         return (), kwargs
 
     def _placed(self, rows: Rows, kwargs: Mapping[str, Any], start: int, times: int) -> dict[str, Any]:
@@ -314,6 +337,16 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return None if host is None else host.before(module, args, kwargs)
 
 
+def _numbered(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return _number(module, args, kwargs) if _seam(module).active else None
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _number(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    host = _HOSTS.get(module)
+    return None if host is None else host.numbered(module, args, kwargs)
+
+
 def _after(module: nn.Module, args: Any, output: Any) -> None:
     if _seam(module).window is not None:
         _seam(module).window = None
@@ -362,6 +395,11 @@ def _text(kwargs: Mapping[str, Any]) -> Tensor:
     names = ("encoder_hidden_states", "input_ids", "inputs_embeds")
     found: Tensor = next(kwargs[name] for name in names if kwargs.get(name) is not None)
     return found
+
+
+def _first_axis(positions: Tensor | None) -> Tensor | None:
+    """Positions in time, where they have further axes for places in a picture."""
+    return positions if positions is None or positions.ndim < 3 else positions[0]
 
 
 def _shape(key: Tensor, value: Tensor) -> tuple[int, ...]:

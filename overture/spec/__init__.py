@@ -8,6 +8,7 @@ from overture.spec.modules import (
     evaluating,
     execution_device,
     stacks,
+    surrounding,
     token_embedding,
     unwrapped,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "execution_device",
     "named_task",
     "stacks",
+    "surrounding",
     "task_of",
     "token_embedding",
     "unwrapped",

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +13,10 @@ from transformers import PreTrainedModel
 
 from overture.prompt import BaseModelId
 from overture.spec import adapters
-from overture.spec.modules import backbone, embedding_table, execution_device, hooks, token_embedding
+from overture.spec.modules import backbone, embedding_table, execution_device, hooks, rope_parameters, token_embedding
 from overture.spec.probe import AttentionLayer
 
-__all__ = ["embedding_scale", "identify", "rope_parameters"]
+__all__ = ["embedding_scale", "identify"]
 
 _SAMPLE = 256
 _SCALE_ROWS = 32_768
@@ -52,18 +51,6 @@ def embedding_scale(model: PreTrainedModel) -> float:
     # Some models scale inside the embedding module (Gemma 3), so its output is measured and not its table.
     ids = torch.arange(min(len(embedding_table(model)), _SCALE_ROWS), device=execution_device(model))
     return float(token_embedding(model)(ids).float().square().mean().sqrt())
-
-
-def rope_parameters(model: PreTrainedModel) -> list[dict[str, Any]]:
-    """Every set of rotary parameters in the config of the model's text side."""
-    found: list[dict[str, Any]] = []
-    pending = [getattr(model.config.get_text_config(decoder=True), "rope_parameters", None)]
-    while pending:
-        item = pending.pop()
-        if isinstance(item, dict):
-            found.append(item)
-            pending += item.values()
-    return found
 
 
 def _samples(base: nn.Module) -> dict[str, tuple[tuple[int, ...], bytes]]:

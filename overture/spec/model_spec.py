@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from overture.errors import UnsupportedModelError
 from overture.prompt import BaseModelId
 from overture.spec import adapters
-from overture.spec.identity import embedding_scale, identify, rope_parameters
-from overture.spec.modules import backbone, embedding_table, evaluating, text_encoder, unwrapped
+from overture.spec.identity import embedding_scale, identify
+from overture.spec.modules import backbone, embedding_table, evaluating, rope_parameters, text_encoder, unwrapped
 from overture.spec.probe import AttentionLayer, first_position, meets_in_attention_only, record
 
 __all__ = ["ModelSpec"]

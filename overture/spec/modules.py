@@ -24,8 +24,10 @@ __all__ = [
     "evaluating",
     "execution_device",
     "hooks",
+    "rope_parameters",
     "stack",
     "stacks",
+    "surrounding",
     "text_encoder",
     "token_embedding",
     "unwrapped",
@@ -106,6 +108,28 @@ def stacks(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> list[Pre
     else:
         found = [stack(model, [token_embedding(model), *others])]
     return list(dict.fromkeys(found))
+
+
+def surrounding(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> PreTrainedModel | None:
+    """The model around a stack that may number its positions, padding included (Gemma 3 with vision); or None.
+
+    One whose positions have several axes (Qwen-VL) heeds the padding, and nobody else could number them.
+    """
+    base = backbone(model)
+    several = any("mrope_section" in found for found in rope_parameters(model))
+    return None if several or model.config.is_encoder_decoder or base in stacks(model, layers) else base
+
+
+def rope_parameters(model: PreTrainedModel) -> list[dict[str, Any]]:
+    """Every set of rotary parameters in the config of the model's text side."""
+    found: list[dict[str, Any]] = []
+    pending = [getattr(model.config.get_text_config(decoder=True), "rope_parameters", None)]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, dict):
+            found.append(item)
+            pending += item.values()
+    return found
 
 
 def block_modules(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> list[nn.Module]:
