@@ -15,10 +15,13 @@ from overture.prompt import BlockInputs, KVPrefix, VirtualTokens
 from overture.spec import ModelSpec
 from overture.template import Template
 
-__all__ = ["FrozenModel", "Init", "Method", "Prepared", "PromptModule", "seeded"]
+__all__ = ["FrozenModel", "Init", "Method", "Prepared", "PromptModule", "Tokens", "seeded"]
 
 Init = str | tuple[str, ...]
 """`"random"`, `"vocabulary"`, a tuple of class labels, or any other string: words to start from."""
+
+Tokens = VirtualTokens | Int[Tensor, " N"]
+"""Something to run through the model: virtual tokens, or ids of real ones."""
 
 Prepared = VirtualTokens | KVPrefix | BlockInputs
 """What a prompt module may produce; the runtime turns each into something that enters the model."""
@@ -41,11 +44,11 @@ class FrozenModel(Protocol):
         """Input embeddings of token ids."""
         ...
 
-    def activations(self, tokens: VirtualTokens) -> KVPrefix:
+    def activations(self, tokens: Tokens) -> KVPrefix:
         """Keys and values that every attention layer computes for `tokens` at positions 0..P-1."""
         ...
 
-    def block_inputs(self, tokens: VirtualTokens) -> BlockInputs:
+    def block_inputs(self, tokens: Tokens) -> BlockInputs:
         """What enters every transformer block when `tokens` stand at positions 0..P-1."""
         ...
 

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Generator, Tensor
 
 from overture.errors import ConfigError, ContextLengthError
-from overture.methods.base import FrozenModel, Init
+from overture.methods.base import FrozenModel, Init, Tokens
 from overture.prompt import VirtualTokens
 
 __all__ = ["prompt_length", "random_like", "start_embeddings", "start_tokens"]
@@ -40,8 +40,10 @@ def prompt_length(init: Init, asked: int | None, frozen: FrozenModel, usual: int
     return length
 
 
-def start_tokens(init: Init, length: int, frozen: FrozenModel, generator: Generator) -> VirtualTokens | None:
-    """Real tokens (or means of them) to start from, or None if the start is random.
+def start_tokens(init: Init, length: int, frozen: FrozenModel, generator: Generator) -> Tokens | None:
+    """Ids of real tokens to start from, or means of their embeddings, or None if the start is random.
+
+    Ids are run as they are: some models read them beside the embeddings (per-layer inputs of Gemma 3n and 4).
 
     Args:
         init: `"vocabulary"` samples without replacement from the first 5,000 ids; a tuple of labels gives each label
@@ -52,10 +54,10 @@ def start_tokens(init: Init, length: int, frozen: FrozenModel, generator: Genera
     if init == "random":
         return None
     if init == "vocabulary":
-        return VirtualTokens(frozen.embed(_sampled_ids(length, frozen, generator)))
+        return _sampled_ids(length, frozen, generator)
     if isinstance(init, str):
         ids = _word_ids(init, frozen)
-        return VirtualTokens(frozen.embed(ids.repeat(-(-length // len(ids)))[:length]))
+        return ids.repeat(-(-length // len(ids)))[:length]
     return VirtualTokens(_label_rows(init, length, frozen, generator))
 
 
@@ -63,15 +65,15 @@ def start_embeddings(init: Init, length: int, frozen: FrozenModel, generator: Ge
     """Input-layer start: `start_tokens`, or uniform noise with the input embeddings' root mean square."""
     tokens = start_tokens(init, length, frozen, generator)
     if tokens is not None:
-        return tokens.embeddings
+        return tokens.embeddings if isinstance(tokens, VirtualTokens) else frozen.embed(tokens)
     noise = torch.rand(length, frozen.spec.hidden_size, generator=generator) * 2 - 1
     return noise * (3**0.5 * frozen.spec.embedding_scale)
 
 
-def reference_tokens(frozen: FrozenModel, generator: Generator) -> VirtualTokens:
+def reference_tokens(frozen: FrozenModel, generator: Generator) -> Int[Tensor, " N"]:
     """Some frequent tokens, run once to learn the scale of what the model computes."""
     count = min(_SCALE_TOKENS, frozen.spec.vocab_size, frozen.spec.max_positions or _SCALE_TOKENS)
-    return VirtualTokens(frozen.embed(_sampled_ids(count, frozen, generator)))
+    return _sampled_ids(count, frozen, generator)
 
 
 def random_like(reference: Float[Tensor, "N C"], length: int, generator: Generator) -> Float[Tensor, "P C"]:

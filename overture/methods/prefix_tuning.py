@@ -15,10 +15,10 @@ from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
 from overture.errors import ConfigError
-from overture.methods.base import FrozenModel, Method, PromptModule, check_count, seeded
+from overture.methods.base import FrozenModel, Method, PromptModule, Tokens, check_count, seeded
 from overture.methods.init import prompt_length, random_like, reference_tokens, start_tokens
 from overture.methods.offsets import FreeOffset, MLPOffset, Offset
-from overture.prompt import KVPrefix, VirtualTokens
+from overture.prompt import KVPrefix
 from overture.spec import AttentionLayer, ModelSpec
 
 __all__ = ["PrefixModule", "PrefixTuning"]
@@ -68,7 +68,7 @@ class PrefixTuning(Method):
         length = prompt_length(self.init, self.num_virtual_tokens, frozen, usual=16)
         tokens = start_tokens(self.init, length, frozen, generator)
 
-        def activations(tokens: VirtualTokens) -> list[Float[Tensor, "P _C"]]:
+        def activations(tokens: Tokens) -> list[Float[Tensor, "P _C"]]:
             return _flatten(frozen.activations(tokens), [layer in layers for layer in frozen.spec.layers])
 
         reference = activations(reference_tokens(frozen, generator))

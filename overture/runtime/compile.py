@@ -103,7 +103,7 @@ class Frozen:
         return embedded[0].float().cpu()
 
     @torch.no_grad()
-    def activations(self, tokens: VirtualTokens) -> KVPrefix:
+    def activations(self, tokens: VirtualTokens | Int[Tensor, " N"]) -> KVPrefix:
         """Keys and values that every attention layer computes for `tokens` at positions 0..P-1, in fp32.
 
         On a model that attends in both directions they are those of the tokens alone. The encoder and the decoder of
@@ -112,19 +112,20 @@ class Frozen:
         recorder = _KeyValueRecorder()
         host = Host.of(self.model)
         if self.model.config.is_encoder_decoder:
-            _run_both(self.model, host, tokens, recorder)
+            embedded = tokens.embeddings if isinstance(tokens, VirtualTokens) else self.embed(tokens)
+            _run_both(self.model, host, embedded, recorder)
         else:
-            _run(self.model, host, [tokens], [tokens.length], recorder)
+            self._run(host, tokens, recorder)
         prefix = KVPrefix(tuple(key[0] for key in recorder.keys), tuple(value[0] for value in recorder.values))
         return prefix.map(lambda t: t.float().cpu())
 
     @torch.no_grad()
-    def block_inputs(self, tokens: VirtualTokens) -> BlockInputs:
+    def block_inputs(self, tokens: VirtualTokens | Int[Tensor, " N"]) -> BlockInputs:
         """What enters every transformer block when `tokens` stand at positions 0..P-1, in fp32."""
         host = Host.of(self.model)
         _require_one_stack(host)
         with _recorded_inputs(self.model, host.spec) as hidden:
-            _run(self.model, host, [tokens], [tokens.length], _KeyValueRecorder())
+            self._run(host, tokens, _KeyValueRecorder())
         if any(h.ndim != 3 for h in hidden):
             raise UnsupportedModelError(
                 expected="blocks whose input is [rows, positions, hidden]",
@@ -132,6 +133,12 @@ class Frozen:
                 do="use Prefix Tuning on this model",
             )
         return BlockInputs(torch.stack([h[0] for h in hidden]).float().cpu())
+
+    def _run(self, host: Host, tokens: VirtualTokens | Int[Tensor, " N"], recorder: _KeyValueRecorder) -> None:
+        if isinstance(tokens, VirtualTokens):
+            _run(self.model, host, [tokens], [tokens.length], recorder)
+        else:
+            _run(self.model, host, [], [len(tokens)], recorder, ids=tokens[None])
 
 
 def _require_one_stack(host: Host) -> None:
@@ -172,8 +179,9 @@ def _run(
     tokens: Sequence[VirtualTokens],
     lengths: Sequence[int],
     recorder: _KeyValueRecorder,
+    ids: Int[Tensor, "U P"] | None = None,
 ) -> None:
-    """Run the backbone over P positions per prompt, with `tokens` (if any) at its input."""
+    """Run the model over P positions per prompt: `tokens` (if any), or real tokens, at its input."""
     longest, limit = max(lengths), host.spec.max_positions
     if limit is not None and longest > limit:
         raise ContextLengthError(
@@ -182,7 +190,7 @@ def _run(
             do="use fewer virtual tokens",
         )
     device = execution_device(model)
-    ids = torch.zeros(len(lengths), longest, dtype=torch.long, device=device)
+    ids = torch.zeros(len(lengths), longest, dtype=torch.long) if ids is None else ids
     positions = torch.arange(longest, device=device)
     slots = torch.where(positions < torch.tensor(lengths, device=device)[:, None], positions, -1)
     first = host.spec.first_position
@@ -191,18 +199,20 @@ def _run(
         # Shorter prompts are filled up behind their end, where a decoder's earlier positions cannot look.
         host.seam.window = TokenRows(tokens, slots) if tokens else None
         try:
-            host.stacks[0](input_ids=ids, use_cache=False, **at, **{dispatch.KEYWORD: recorder})
+            host.stacks[0](input_ids=ids.to(device), use_cache=False, **at, **{dispatch.KEYWORD: recorder})
         finally:
             host.seam.window = None
 
 
-def _run_both(model: PreTrainedModel, host: Host, tokens: VirtualTokens, recorder: _KeyValueRecorder) -> None:
-    """Run an encoder-decoder with `tokens` as the input of both halves."""
-    embedded = tokens.embeddings.to(execution_device(model), model.dtype)[None]
+def _run_both(
+    model: PreTrainedModel, host: Host, tokens: Float[Tensor, "P hidden"], recorder: _KeyValueRecorder
+) -> None:
+    """Run an encoder-decoder with `tokens` as the embedded input of both halves."""
+    embedded = tokens.to(execution_device(model), model.dtype)[None]
     source: dict[str, Any] = {"inputs_embeds": embedded}
     if not host.spec.reads_text:
         # What an encoder of sound gives is not to be had from tokens. Its last layer norm leaves numbers of unit size.
-        noise = torch.randn(1, tokens.length, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+        noise = torch.randn(1, len(tokens), model.config.hidden_size, generator=torch.Generator().manual_seed(0))
         source = {"encoder_outputs": (noise.to(embedded),)}
     with host.using(None), _not_checkpointed(model):
         backbone(model)(**source, decoder_inputs_embeds=embedded, use_cache=False, **{dispatch.KEYWORD: recorder})
