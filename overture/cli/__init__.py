@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.exceptions import TyperException
 
-from overture.cli import chat, demo, doctor, eval, generate, inspect, tune
+from overture.cli import chat, demo, doctor, eval, generate, inspect, store, tune
 from overture.cli._program import program
 from overture.cli._ui import print_error
 from overture.errors import OvertureError
@@ -44,6 +44,7 @@ app.command("eval")(eval.evaluate)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("inspect")(inspect.inspect)
+app.add_typer(store.app)
 app.command("demo")(demo.demo)
 app.command("doctor")(doctor.doctor)
 
@@ -83,6 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print_error(error.as_dict(), as_json=as_json)
         return error.exit_code
     except TyperException as error:
+        if not error.format_message():  # a group without a verb, which has shown its help
+            return 0
         print_error(_usage(error), as_json=as_json)
         return 2
     except (KeyboardInterrupt, typer.Abort):

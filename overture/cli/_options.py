@@ -54,14 +54,14 @@ def check_output(path: Path | None, suffix: str) -> None:
         )
 
 
-def columns(pairs: list[str] | None) -> dict[str, str]:
-    """`NAME=TEXT` pairs as one row."""
+def columns(pairs: list[str] | None, option: str = "--column") -> dict[str, str]:
+    """`NAME=TEXT` pairs of an option as one row."""
     row: dict[str, str] = {}
     for pair in pairs or ():
         name, equals, text = pair.partition("=")
         if not equals or not name:
             raise ConfigError(
-                expected="NAME=TEXT after --column", got=repr(pair), do="write it as --column premise='...'"
+                expected=f"NAME=TEXT after {option}", got=repr(pair), do=f"write it as {option} name='...'"
             )
         row[name] = text
     return row

@@ -37,17 +37,24 @@ def render() -> str:
     context = typer.Context(root, info_name="overture")
     codes = "\n".join(f"| {code} | {meaning} |" for code, meaning in EXIT_CODES.items())
     parts = [_INTRO.format(help=root.help, codes=codes)]
-    for name in root.list_commands(context):
-        parts.append("\n".join(_command(name, root.get_command(context, name), context)))
-    return "\n".join(parts)
+    return "\n".join([*parts, *_commands(root, context)])
+
+
+def _commands(group: Any, context: typer.Context) -> Iterator[str]:
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        yield "\n".join(_command(name, command, context))
+        if hasattr(command, "list_commands"):  # a group of verbs
+            yield from _commands(command, typer.Context(command, info_name=name, parent=context))
 
 
 def _command(name: str, command: Any, parent: typer.Context) -> Iterator[str]:
     context = typer.Context(command, info_name=name, parent=parent)
     usage = " ".join(command.collect_usage_pieces(context))
-    yield f"## `overture {name}`\n"
+    path = context.command_path
+    yield f"##{'#' * path.count(' ', len('overture '))} `{path}`\n"
     yield re.sub(r"\s*\n\s*\n\s*", "\n\n", command.help or "").strip() + "\n"
-    yield f"```console\n$ overture {name} {usage}\n```\n"
+    yield f"```console\n$ {path} {usage}\n```\n"
     yield "| argument or option | meaning |\n|---|---|"
     for parameter in command.get_params(context):
         record = parameter.get_help_record(context)

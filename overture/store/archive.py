@@ -275,7 +275,9 @@ class Archive:
                         index.remove_garbage(c, home, file)
                 continue
             with self.writing() as c:
-                index.find_tenant(c, home)  # its lock: what was published again meanwhile is garbage no more
+                if index.find_tenant(c, home) is None:
+                    continue  # erased meanwhile, by somebody who deletes the whole folder
+                # Under the tenant's lock once more: what was published again meanwhile is garbage no more.
                 for _, file in index.garbage_of(c, home):
                     self.blobs.remove(home, file)
                     index.remove_garbage(c, home, file)
@@ -474,7 +476,7 @@ class Archive:
             got, do = f"no version {version}", f"choose one of {', '.join(map(str, numbers[-10:]))}"
             return UnknownPromptError(expected=f"a version of {tenant}/{name}", got=got, do=do)
         near = get_close_matches(name, there, n=3, cutoff=0.6)
-        do = f"did you mean {', '.join(near)}?" if near else "`overture store ls` shows what there is"
+        do = f"check the name; there is {' and '.join(near)}" if near else "`overture store ls` shows what there is"
         return UnknownPromptError(expected=f"a prompt of the tenant {tenant!r}", got=f"no prompt {name!r}", do=do)
 
     def _tenant_key(self, folder: str, sealed: bytes | None) -> Key:

@@ -16,6 +16,7 @@ import torch
 from sqlalchemy.engine import URL
 
 from overture.errors import ConfigError, StoreError
+from overture.files import TEMPORARY
 from overture.formats import native
 from overture.prompt import BaseModelId, SoftPrompt
 from overture.store import index, transfer
@@ -441,8 +442,10 @@ def _make_folder(root: Path) -> None:
 
 def _check_owner(blobs: Blobs, id_: str, shown: str, read_only: bool) -> None:
     """Files say which index they belong to: cleaning with another one would delete them all."""
-    owners = blobs.files(OWNER)
-    if not owners and not read_only and not blobs.folders():
+    # Folders first: whoever makes one has said before whose it is.
+    taken = set(blobs.folders()) - {OWNER}
+    owners = [name for name in blobs.files(OWNER) if not TEMPORARY.fullmatch(name)]
+    if not owners and not taken and not read_only:
         blobs.write(OWNER, id_, b"The files here belong to the prompt store of this name.\n")
     elif id_ not in owners:
         raise StoreError(
