@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from overture.errors import BaseMismatchError, ConfigError, OvertureError
 from overture.prompt import Head, KVPrefix, SoftPrompt, Value, VirtualTokens
 from overture.runtime.host import Host
-from overture.runtime.prompts import Piece, as_prefixes, check
+from overture.runtime.prompts import Piece, as_prefixes, check, head_of
 from overture.spec import unwrapped
 from overture.template import Column, Template, Text
 
-__all__ = ["average", "join"]
+__all__ = ["average", "join", "joined_rows"]
 
 AnyPrompt = TypeVar("AnyPrompt", bound=SoftPrompt | Value)
 
@@ -57,7 +57,24 @@ def join(model: nn.Module, *prompts: Piece) -> SoftPrompt | KVPrefix:
     stored = joined.map(lambda t: t.detach().float().cpu().contiguous())
     if template is not None:
         template = Template.parse(f"[V{stored.length}]{_text(template)}")
-    return SoftPrompt(stored, host.spec.base, template, _method("join", saved), {}, _name(saved), _only_head(saved))
+    return SoftPrompt(stored, host.spec.base, template, _method("join", saved), {}, _name(saved), head_of(prompts))
+
+
+def joined_rows(
+    model: nn.Module, rows: Sequence[SoftPrompt | tuple[SoftPrompt | None, ...] | None]
+) -> list[SoftPrompt | None]:
+    """Rows with every tuple of prompts joined, equal tuples once."""
+    ready: dict[tuple[int, ...], SoftPrompt] = {}
+    joined: list[SoftPrompt | None] = []
+    for row in rows:
+        if isinstance(row, tuple):
+            pieces = [piece for piece in row if piece is not None]
+            key = tuple(map(id, pieces))
+            if pieces and key not in ready:
+                ready[key] = cast(SoftPrompt, join(model, *pieces))
+            row = ready.get(key)
+        joined.append(row)
+    return joined
 
 
 def average(prompts: Sequence[AnyPrompt], weights: Sequence[float] | None = None) -> AnyPrompt:
@@ -144,17 +161,6 @@ def _mean_head(heads: Sequence[Head], shares: Sequence[float]) -> Head | None:
         return None
     tensors = {name: _weighted([head.tensors[name] for head in heads], shares) for name in heads[0].tensors}
     return replace(heads[0], tensors=tensors)
-
-
-def _only_head(prompts: Sequence[SoftPrompt]) -> Head | None:
-    heads = [prompt.head for prompt in prompts if prompt.head is not None]
-    if len(heads) > 1:
-        raise ConfigError(
-            expected="at most one prompt with a head",
-            got=f"{len(heads)} heads, for {' and '.join(head.task for head in heads)}",
-            do="join one prompt that answers with others that only lead the text",
-        )
-    return next(iter(heads), None)
 
 
 def _shape(value: Value) -> str:

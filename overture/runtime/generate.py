@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from overture.errors import ConfigError, ContextLengthError, DataError, UnsupportedModelError
 from overture.prompt import SoftPrompt
+from overture.runtime.compose import joined_rows
 from overture.runtime.encode import Encoded, Item, encode
 from overture.runtime.host import stands_in_text
 from overture.runtime.prompts import prompts as using_prompts
@@ -26,7 +27,7 @@ _DEFAULT_NEW_TOKENS = 64
 def generate(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: SoftPrompt | Sequence[SoftPrompt | None] | None,
+    prompts: SoftPrompt | Sequence[SoftPrompt | tuple[SoftPrompt | None, ...] | None] | None,
     inputs: Sequence[Item],
     *,
     streamer: Any = None,
@@ -37,7 +38,8 @@ def generate(
     Args:
         model: a causal language model of transformers, or one that PEFT wraps.
         tokenizer: its tokenizer; it needs no padding token.
-        prompts: one prompt per input, or one for all; None is the frozen model.
+        prompts: one prompt per input, or one for all; None is the frozen model, and a tuple of prompts within the
+            sequence is their join (see `join`).
         inputs: texts, message lists, or mappings with the columns of the prompt's template.
         streamer: a transformers streamer, for a single input.
         **options: anything `model.generate` takes: `max_new_tokens`, `do_sample`, `num_beams`, ... Without
@@ -56,7 +58,7 @@ def generate(
     """
     model = unwrapped(model)
     require_generation(model)
-    rows = list(prompts) if isinstance(prompts, Sequence) else [prompts] * len(inputs)
+    rows = joined_rows(model, prompts if isinstance(prompts, Sequence) else [prompts] * len(inputs))
     if len(rows) != len(inputs):
         raise ConfigError(
             expected=f"one prompt per input ({len(inputs)}), or a single prompt",

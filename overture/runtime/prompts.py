@@ -24,7 +24,7 @@ from overture.runtime.rotation import concatenated, shifted
 from overture.runtime.rows import PrefixRows
 from overture.spec import ModelSpec, evaluating, execution_device, unwrapped
 
-__all__ = ["Piece", "RowPrompt", "as_prefixes", "check", "prompts"]
+__all__ = ["Piece", "RowPrompt", "as_prefixes", "check", "head_of", "prompts"]
 
 Piece = SoftPrompt | VirtualTokens | KVPrefix | BlockInputs
 """A saved prompt, or a bare value (with gradient, if it has one)."""
@@ -72,7 +72,7 @@ def prompts(
     listed = list(rows) if isinstance(rows, Sequence) and not isinstance(rows, str) else [rows]
     for row in listed:
         check(host, row)
-    answers = [_head(row) for row in listed] if heads is None else list(heads)
+    answers = [head_of(row) for row in listed] if heads is None else list(heads)
     for head in {id(head): head for head in answers if head is not None}.values():
         check_head(model, head)
     if batch is not None and len(listed) == 1:
@@ -113,14 +113,14 @@ def _placed(rows: Sequence[RowPrompt], batch: Encoded | None) -> list[bool]:
     return [bool(placed) for placed in (batch.slots >= 0).any(dim=1).tolist()]
 
 
-def _head(row: RowPrompt) -> Head | None:
-    """The head that a row's prompts bring."""
+def head_of(row: RowPrompt) -> Head | None:
+    """The one head that a row's prompts bring."""
     heads = [piece.head for piece in _pieces(row) if isinstance(piece, SoftPrompt) and piece.head is not None]
     if len(heads) > 1:
         raise ConfigError(
             expected="joined prompts of which at most one has a head",
             got=f"{len(heads)} heads",
-            do="join the prompts as values, and name the row's head in heads=",
+            do="join one prompt that answers with others that only lead the text",
         )
     return heads[0] if heads else None
 

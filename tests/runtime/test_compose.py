@@ -6,12 +6,24 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from overture.errors import BaseMismatchError, ConfigError, OvertureError
 from overture.prompt import BaseModelId, Head, KVPrefix, SoftPrompt, VirtualTokens
 from overture.runtime.compose import average, join
 from overture.runtime.encode import encode_prompt
+from overture.runtime.generate import generate
 from overture.runtime.prompts import prompts
 from overture.spec import ModelSpec
 from overture.template import Template
@@ -113,7 +125,7 @@ def test_heads(model):
     torch.testing.assert_close(mean.tensors["score.weight"], torch.full((2, 16), 1.5))
     assert join(model, _tokens(3, None, base), first).head is first.head
     assert join(model, first, _tokens(3, None, base)).head is first.head
-    with pytest.raises(ConfigError, match="at most one prompt with a head; got 2 heads"):
+    with pytest.raises(ConfigError, match="at most one has a head; got 2 heads"):
         join(model, first, second)
     for other in (_tokens(2, None, base), _with_head(second, labels=("yes", "no"))):
         with pytest.raises(ConfigError, match="prompts of one head"):
@@ -170,3 +182,42 @@ def test_a_failed_join_leaves_the_model_as_it_was(model):
     with pytest.raises(OvertureError), prompts(model, [(_prefix(2), _prefix(2, layers=3))]):
         pass
     assert torch.equal(model(input_ids=ids).logits, before)
+
+
+def test_generate_takes_tuples(model):
+    """Oracle: the joined prompts."""
+    base = ModelSpec.of(model).base
+    task, user = _tokens(3, None, base), _tokens(2, None, base)
+    options = {"max_new_tokens": 6, "do_sample": False}
+    backend = Tokenizer(WordLevel({f"w{i}": i for i in range(30)}))
+    backend.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    texts = ["w4 w5 w6"] * 6
+    rows = [(task, user), None, (task, user), (task, None), (), (user, task)]
+    got = generate(model, tokenizer, rows, texts, **options)
+    both, other = join(model, task, user), join(model, user, task)
+    assert got == generate(model, tokenizer, [both, None, both, task, None, other], texts, **options)
+    assert len(set(got)) > 2
+
+
+def test_encoder_decoders_keep_prefixes_as_they_are():
+    """They stand at no position. Oracle: keys and values one behind another."""
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=30, d_model=16, d_kv=8, num_heads=2, num_layers=2, d_ff=16, decoder_start_token_id=0)
+    model = T5ForConditionalGeneration(config).eval()
+    layers = {part: len(ModelSpec.of(model).layers_of((part,))) for part in ("encoder", "decoder", "cross")}
+
+    def prefix(length, parts):
+        made = _prefix(length, layers=sum(layers[part] for part in parts or layers))
+        return replace(made.map(torch.Tensor.float), parts=parts)
+
+    for parts in (None, ("decoder",), ("encoder", "cross")):
+        first, second = prefix(2, parts), prefix(3, parts)
+        joined = join(model, first, second)
+        assert joined.parts == parts
+        for got, a, b in zip(joined.keys, first.keys, second.keys, strict=True):
+            assert torch.equal(got, torch.cat([a, b], dim=1))
+        with prompts(model, [joined]):
+            model(input_ids=torch.tensor([[3, 4]]), decoder_input_ids=torch.tensor([[0, 5]]))
+    with pytest.raises(ConfigError, match="same parts of the model; got decoder and encoder"):
+        join(model, prefix(2, ("decoder",)), prefix(2, ("encoder",)))
