@@ -132,17 +132,19 @@ def room(spec: ModelSpec, rows: Sequence[SoftPrompt | None], batch: Encoded) -> 
     highest = int(batch.input_ids.max())
     if highest >= spec.vocab_size:
         raise foreign_id(highest, spec.vocab_size)
-    if spec.max_positions is None:
-        return None
     ahead = [0 if row is None or stands_in_text(spec, row) else row.length for row in rows]
+    limits = (spec.max_positions, spec.rotary_limit if any(ahead) else None)
+    limit = min((limit for limit in limits if limit is not None), default=None)
+    if limit is None:
+        return None
     longest = max(p + t for p, t in zip(ahead, batch.attention_mask.sum(1).tolist(), strict=True))
-    if longest >= spec.max_positions:
+    if longest >= limit:
         raise ContextLengthError(
-            expected=f"virtual tokens and input within the model's {spec.max_positions} positions, with room to answer",
+            expected=f"virtual tokens and input within the model's {limit} positions, with room to answer",
             got=f"{longest} positions",
             do="shorten the input or use a prompt with fewer virtual tokens",
         )
-    return int(spec.max_positions - longest)
+    return int(limit - longest)
 
 
 def _lengths(options: Mapping[str, Any], room: int | None, width: int) -> dict[str, int]:
