@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from overture.errors import ConfigError, UnsupportedModelError
+from overture.errors import ConfigError
 from overture.methods import Method, Prepared
 from overture.prompt import BlockInputs
 from overture.runtime.host import stands_in_text
 from overture.spec import ModelSpec
+from overture.trainer.places import Places
 
-__all__ = ["check_adapters", "check_leading"]
+__all__ = ["check_adapters", "places_for"]
 
 
-def check_leading(method: Method, spec: ModelSpec, value: Prepared) -> None:
-    """Raise unless the method's virtual tokens stand before the text, where rows need no places for them.
+def places_for(
+    model: PreTrainedModel, method: Method, value: Prepared, tokenizer: PreTrainedTokenizerBase | None
+) -> Places | None:
+    """What makes places in the input for the prompt's virtual tokens; None where they need none.
 
     Raises:
-        ConfigError: its template puts them inside the text.
-        UnsupportedModelError: they would take positions of the input, because the model cannot run them ahead.
+        ConfigError: the method's template puts them inside the text, or the tokenizer is missing.
     """
     template = method.template_
     if template is not None and not template.leading:
@@ -27,12 +30,16 @@ def check_leading(method: Method, spec: ModelSpec, value: Prepared) -> None:
             got=f"the template {template.source!r}",
             do="tune it with overture.tune, or leave the template out",
         )
-    if not isinstance(value, BlockInputs) and stands_in_text(spec, value):
-        raise UnsupportedModelError(
-            expected="a decoder that runs virtual tokens ahead of the text",
-            got=f"{spec.base.architecture} and the method {method.name!r}",
-            do="use PrefixTuning or DeepPrompt on this model, or overture.tune",
+    spec = ModelSpec.of(model)
+    if isinstance(value, BlockInputs) or not stands_in_text(spec, value):
+        return None
+    if tokenizer is None:
+        raise ConfigError(
+            expected=f"a tokenizer, to put virtual tokens behind the special tokens of {spec.base.architecture}",
+            got="none",
+            do="pass PromptModel(model, method, tokenizer=tokenizer), or use PrefixTuning, which needs no places",
         )
+    return Places(model, tokenizer, value.length)
 
 
 def check_adapters(model: nn.Module) -> None:

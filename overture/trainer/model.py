@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial, wraps
 from inspect import signature
 from os import PathLike
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Generator, Tensor, nn
@@ -20,12 +20,13 @@ from overture.formats.hub import upload
 from overture.methods import Method, Prepared
 from overture.prompt import SoftPrompt
 from overture.runtime.compile import Frozen
+from overture.runtime.encode import Encoded
 from overture.runtime.fold import fold
 from overture.runtime.prompts import prompts
 from overture.runtime.recompute import Checkpoint, checkpointed_blocks, checkpointing
 from overture.spec import ModelSpec, evaluating, execution_device, unwrapped
 from overture.trainer import folder, state
-from overture.trainer.checks import check_adapters, check_leading
+from overture.trainer.checks import check_adapters, places_for
 
 __all__ = ["PromptModel"]
 
@@ -43,7 +44,8 @@ class PromptModel(PreTrainedModel):
         model: a transformers model, or one that PEFT wraps. Its parameters' `requires_grad` is switched off.
         method: `PrefixTuning(...)`, `PromptTuning(...)`, `PTuning(...)` or `DeepPrompt(...)`, with the virtual tokens
             in front of the text.
-        tokenizer: the base model's; needed only for a start from words.
+        tokenizer: the base model's; needed for a start from words, and where virtual tokens take positions of the
+            input (on encoders, say) behind the special tokens in front.
         name: the prompt's name.
         seed: of the prompt's start. Dropout draws from torch's own stream, which the training loop seeds and saves.
         train_adapters: also train the parameters of a PEFT model that ask for a gradient.
@@ -80,7 +82,7 @@ class PromptModel(PreTrainedModel):
         self._inside = False
         with evaluating(model), torch.no_grad():
             self.prompt = method.build(Frozen(inner, tokenizer or _NoWords()), Generator().manual_seed(seed))
-            check_leading(method, ModelSpec.of(inner), self.prompt())
+            self._places = places_for(inner, method, self.prompt(), tokenizer)
         self.prompt.to(execution_device(inner))
         # A trained adapter is part of the base and changes with every step: then there is no digest to compare.
         if not train_adapters:
@@ -97,33 +99,44 @@ class PromptModel(PreTrainedModel):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's output with the trained prompt before every row."""
         # Here and not in `forward`, which TRL replaces by one that runs `base_model` and the output layer by itself.
-        with self._prompted():
-            if self._recomputes and "use_cache" in signature(self.base_model.forward).parameters:
-                kwargs["use_cache"] = False  # recomputed blocks would write to a cache twice
-            return super().__call__(*args, **kwargs)
+        return self._under_prompt(super().__call__, args, kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward pass; its signature is the base model's."""
-        with self._prompted():
-            return self.base(*args, **kwargs)
+        return self._under_prompt(self.base, args, kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's `generate` with the trained prompt before every row."""
-        with self._prompted():
-            return self.base.generate(*args, **kwargs)  # type: ignore[operator]
+        if self._places is None:
+            with self._prompted(None):
+                return cast(Any, self.base).generate(*args, **kwargs)
+        opened = self._places.open(dict(zip(("input_ids",), args, strict=False)) | kwargs)
+        with self._prompted(opened.batch):
+            return opened.close_generated(cast(Any, self.base).generate(**opened.inputs))
+
+    def _under_prompt(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call with the prompt as it stands before every row; a call inside another is the same one."""
+        if self._inside:
+            return call(*args, **kwargs)
+        if self._recomputes and "use_cache" in signature(self.base_model.forward).parameters:
+            kwargs["use_cache"] = False  # recomputed blocks would write to a cache twice
+        if self._places is None:
+            with self._prompted(None):
+                return call(*args, **kwargs)
+        names = signature(type(self).forward).parameters
+        opened = self._places.open(dict(zip(list(names)[1:], args, strict=False)) | kwargs)
+        with self._prompted(opened.batch):
+            return opened.close(call(**opened.inputs))
 
     @contextmanager
-    def _prompted(self) -> Iterator[None]:
-        """The prompt as it stands before every row of the passes inside; nested uses are one."""
-        if self._inside:
-            yield
-            return
+    def _prompted(self, batch: Encoded | None) -> Iterator[None]:
+        """The prompt as it stands before every row of the passes inside."""
         value: Prepared = self.prompt(torch.default_generator if self.training else None)
         checkpoint = self._checkpoint if self._recomputes else None
         self._inside = True
         try:
             with (
-                prompts(self.base, value),
+                prompts(self.base, value, batch),
                 checkpointed_blocks(unwrapped(self.base), checkpoint, every_n_layers=self._every_n_layers),
             ):
                 yield
@@ -268,13 +281,19 @@ class PromptModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
-        cls, folder_path: str | PathLike[str], base: nn.Module, *, train_adapters: bool = False
+        cls,
+        folder_path: str | PathLike[str],
+        base: nn.Module,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        train_adapters: bool = False,
     ) -> PromptModel:
         """Read a folder that `save_pretrained` wrote, to go on training.
 
         Args:
             folder_path: the folder.
             base: the base model, with the folder's adapter on it if there is one.
+            tokenizer: needed where virtual tokens take positions of the input, but not for words.
             train_adapters: as for a new `PromptModel`.
 
         Raises:
@@ -285,7 +304,7 @@ class PromptModel(PreTrainedModel):
         prompt, tensors = folder.read(folder_path)
         prompt.check_base(ModelSpec.of(unwrapped(base)).base)
         method = folder.method_without_words(prompt)
-        model = cls(base, method, name=prompt.name, train_adapters=train_adapters)
+        model = cls(base, method, tokenizer=tokenizer, name=prompt.name, train_adapters=train_adapters)
         model.method = folder.method_of(prompt)
         model.load_state_dict(tensors)
         return model
