@@ -26,7 +26,7 @@ from overture.prompt import Head
 from overture.runtime.rows import repeats
 from overture.spec import ModelSpec, backbone, task_of
 
-__all__ = ["check_head", "head_modules", "using_heads"]
+__all__ = ["check_head", "head_modules", "own_labels", "using_heads"]
 
 
 def head_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -77,6 +77,12 @@ def check_head(model: PreTrainedModel, head: Head) -> None:
             got=", ".join(f"{name} {list(got.get(name, ()))}" for name in different[:4]),
             do=f"use a prompt tuned for this {type(model).__name__}, or load the model class it was tuned on",
         )
+
+
+def own_labels(model: PreTrainedModel) -> tuple[str, ...]:
+    """The names of the model's own outputs."""
+    names = model.config.id2label or {}
+    return tuple(str(name) for _, name in sorted(names.items(), key=lambda item: int(item[0])))
 
 
 @contextmanager

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Generator, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from overture.errors import ConfigError
 from overture.methods import Method, Prepared
-from overture.prompt import BlockInputs
+from overture.prompt import BlockInputs, Head
+from overture.runtime.head_module import start_head
+from overture.runtime.heads import own_labels
 from overture.runtime.host import stands_in_text
-from overture.spec import ModelSpec
+from overture.spec import ModelSpec, task_of
 from overture.trainer.places import Places
 
-__all__ = ["check_adapters", "places_for"]
+__all__ = ["check_adapters", "own_head", "places_for"]
+
+
+_ANSWERS = ("-classification", "-answering")
 
 
 def places_for(
@@ -50,3 +55,19 @@ def check_adapters(model: nn.Module) -> None:
             got=f"{type(model).__name__} without",
             do="wrap the model with peft.get_peft_model(model, LoraConfig(...)), or drop train_adapters=True",
         )
+
+
+def own_head(model: PreTrainedModel) -> Head:
+    """The model's own classification head, to start from.
+
+    Raises:
+        ConfigError: the model is for something else; an output layer over the vocabulary is part of the base model.
+    """
+    task = task_of(model)
+    if task is None or not task.endswith(_ANSWERS):
+        raise ConfigError(
+            expected="a model with a classification head, to train the head beside the prompt",
+            got=f"{type(model).__name__}, a model for {task or 'no task that Overture knows'}",
+            do="leave head=True out, or load AutoModelForSequenceClassification and the like",
+        )
+    return start_head(model, task, own_labels(model), Generator())

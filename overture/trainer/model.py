@@ -22,11 +22,12 @@ from overture.prompt import SoftPrompt
 from overture.runtime.compile import Frozen
 from overture.runtime.encode import Encoded
 from overture.runtime.fold import fold
+from overture.runtime.head_module import HeadModule
 from overture.runtime.prompts import prompts
 from overture.runtime.recompute import Checkpoint, checkpointed_blocks, checkpointing
 from overture.spec import ModelSpec, evaluating, execution_device, unwrapped
 from overture.trainer import folder, state
-from overture.trainer.checks import check_adapters, places_for
+from overture.trainer.checks import check_adapters, own_head, places_for
 
 __all__ = ["PromptModel"]
 
@@ -48,6 +49,7 @@ class PromptModel(PreTrainedModel):
             input (on encoders, say) behind the special tokens in front.
         name: the prompt's name.
         seed: of the prompt's start. Dropout draws from torch's own stream, which the training loop seeds and saves.
+        head: also train a copy of the model's classification head, which goes with the prompt.
         train_adapters: also train the parameters of a PEFT model that ask for a gradient.
 
     Raises:
@@ -66,6 +68,7 @@ class PromptModel(PreTrainedModel):
         tokenizer: PreTrainedTokenizerBase | None = None,
         name: str = "prompt",
         seed: int = 0,
+        head: bool = False,
         train_adapters: bool = False,
     ) -> None:
         # PreTrainedModel's own would choose attention, loss and generation options anew; the base model has done so.
@@ -84,6 +87,7 @@ class PromptModel(PreTrainedModel):
             self.prompt = method.build(Frozen(inner, tokenizer or _NoWords()), Generator().manual_seed(seed))
             self._places = places_for(inner, method, self.prompt(), tokenizer)
         self.prompt.to(execution_device(inner))
+        self.head = HeadModule(own_head(inner)) if head else None
         # A trained adapter is part of the base and changes with every step: then there is no digest to compare.
         if not train_adapters:
             digest = bytes.fromhex(ModelSpec.of(inner).base.digest)
@@ -136,7 +140,7 @@ class PromptModel(PreTrainedModel):
         self._inside = True
         try:
             with (
-                prompts(self.base, value, batch),
+                prompts(self.base, value, batch, heads=[None if self.head is None else self.head()]),
                 checkpointed_blocks(unwrapped(self.base), checkpoint, every_n_layers=self._every_n_layers),
             ):
                 yield
@@ -256,8 +260,9 @@ class PromptModel(PreTrainedModel):
         inner = unwrapped(self.base)
         with torch.no_grad(), evaluating(self), torch.autocast(execution_device(inner).type, enabled=False):
             value = fold(inner, self.prompt())
+            head = None if self.head is None else self.head().map(lambda t: t.detach().float().cpu())
         base, method = ModelSpec.of(inner).base, self.method
-        return SoftPrompt(value, base, method.template_, method.describe(), {}, name or self.name)
+        return SoftPrompt(value, base, method.template_, method.describe(), {}, name or self.name, head)
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -304,7 +309,8 @@ class PromptModel(PreTrainedModel):
         prompt, tensors = folder.read(folder_path)
         prompt.check_base(ModelSpec.of(unwrapped(base)).base)
         method = folder.method_without_words(prompt)
-        model = cls(base, method, tokenizer=tokenizer, name=prompt.name, train_adapters=train_adapters)
+        head = prompt.head is not None
+        model = cls(base, method, tokenizer=tokenizer, name=prompt.name, head=head, train_adapters=train_adapters)
         model.method = folder.method_of(prompt)
         model.load_state_dict(tensors)
         return model

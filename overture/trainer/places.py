@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import count
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from overture.errors import ConfigError
 from overture.runtime.encode import Encoded
-from overture.runtime.tokens import leading_specials
+from overture.runtime.tokens import leading_specials, place_id
 
 __all__ = ["Opened", "Places"]
 
@@ -43,9 +42,7 @@ class Places:
         self.encoder_decoder = bool(model.config.is_encoder_decoder)
         self.shifts_labels = getattr(model, "loss_type", None) == "ForCausalLM"
         self.specials = leading_specials(tokenizer)
-        special = set(tokenizer.all_special_ids)
-        # An ordinary id: some models number positions, or find the end of a text, by special ones.
-        self.place_id = next(i for i in count() if i not in special)
+        self.place_id = place_id(tokenizer)
 
     def open(self, inputs: Mapping[str, Any]) -> Opened:
         """The inputs with places, and what is needed to close them again.

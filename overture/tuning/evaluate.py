@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from overture.errors import ConfigError
 from overture.prompt import SoftPrompt
+from overture.runtime.heads import own_labels
 from overture.runtime.tokens import filler_id
 from overture.spec import ModelSpec
 from overture.template import Template
@@ -19,7 +20,6 @@ from overture.tuning.config import TuneConfig
 from overture.tuning.data import Row, Source, load_rows
 from overture.tuning.examples import encode_for
 from overture.tuning.forward import Trained, frozen
-from overture.tuning.labels import own_labels
 from overture.tuning.tasks import Form, PredictingTask, Task, task_for
 
 __all__ = ["EvalResult", "evaluate"]

@@ -8,8 +8,9 @@ from transformers import PreTrainedModel
 
 from overture.errors import DataError
 from overture.runtime.chat import short
+from overture.runtime.heads import own_labels
 
-__all__ = ["accuracy", "label_name", "label_names", "macro_f1", "own_labels", "position_of"]
+__all__ = ["accuracy", "label_name", "label_names", "macro_f1", "position_of"]
 
 
 def label_name(value: object) -> str:
@@ -25,12 +26,6 @@ def label_name(value: object) -> str:
         got="no 'label'" if value is None else short(value),
         do="write one label into every row",
     )
-
-
-def own_labels(model: PreTrainedModel) -> tuple[str, ...]:
-    """The names of the model's own outputs."""
-    names = model.config.id2label or {}
-    return tuple(str(name) for _, name in sorted(names.items(), key=lambda item: int(item[0])))
 
 
 def label_names(found: Iterable[str], model: PreTrainedModel) -> tuple[str, ...]:

@@ -14,11 +14,11 @@ from torch.optim import AdamW, Optimizer
 from overture.errors import DivergedError
 from overture.methods import Method, PromptModule
 from overture.prompt import Head
+from overture.runtime.head_module import HeadModule
 from overture.tuning.batches import BatchOrder
 from overture.tuning.config import TuneConfig
 from overture.tuning.example import Example
 from overture.tuning.forward import Trained
-from overture.tuning.head import HeadModule
 from overture.tuning.tasks import Form
 
 __all__ = ["Trainee"]

@@ -19,6 +19,7 @@ import overture as ov
 from overture.errors import BaseMismatchError, ConfigError, DataError
 from overture.prompt import Head, KVPrefix, SoftPrompt, VirtualTokens
 from overture.runtime.encode import encode
+from overture.runtime.head_module import start_head
 from overture.runtime.heads import head_modules
 from overture.runtime.prompts import prompts
 from overture.spec import ModelSpec
@@ -29,7 +30,6 @@ from overture.tuning.evaluate import evaluate
 from overture.tuning.events import CheckpointSaved
 from overture.tuning.examples import encode_for
 from overture.tuning.forward import Trained
-from overture.tuning.head import start_head
 from overture.tuning.tasks import TASKS, Form, task_for
 
 TASK = "sequence-classification"
