@@ -22,7 +22,7 @@ from overture.runtime.host import Host, Rows, stands_in_text
 from overture.runtime.recompute import prefixes_as_arguments
 from overture.runtime.rotation import concatenated, shifted
 from overture.runtime.rows import PrefixRows
-from overture.spec import ModelSpec, evaluating, execution_device, unwrapped
+from overture.spec import ModelSpec, execution_device, measuring, unwrapped
 
 __all__ = ["Piece", "RowPrompt", "as_prefixes", "check", "head_of", "prompts"]
 
@@ -180,19 +180,24 @@ def _joined(model: PreTrainedModel, host: Host, pieces: Sequence[tuple[Piece, KV
     placed: list[KVPrefix] = []
     start = 0
     for piece, prefix in pieces:
-        known = host.shifted.setdefault(piece, {}) if isinstance(piece, SoftPrompt) else {}
-        if start not in known:
-            known[start] = shifted(model, prefix, start)
-        placed.append(known[start])
+        if isinstance(piece, SoftPrompt):
+            known = host.shifted.setdefault(piece, {})
+            if start not in known:
+                with measuring(model):
+                    known[start] = shifted(model, prefix, start)
+            prefix = known[start]
+        else:
+            prefix = shifted(model, prefix, start)
+        placed.append(prefix)
         start += prefix.length
     return placed[0] if len(placed) == 1 else concatenated(placed)
 
 
 def _keep(model: PreTrainedModel, host: Host, new: Mapping[int, SoftPrompt]) -> None:
-    """Compile saved prompts for every later use, free of what happens to hold now: dropout, autocast, gradient."""
+    """Compile saved prompts for every later use."""
     for prompt in new.values():
         prompt.check_finite()
-    with torch.no_grad(), evaluating(model), torch.autocast(execution_device(model).type, enabled=False):
+    with measuring(model):
         for key, prefix in _compiled(model, {key: prompt.value for key, prompt in new.items()}).items():
             host.compiled[new[key]] = prefix.map(torch.Tensor.detach)
 

@@ -23,7 +23,7 @@ from overture import dispatch
 from overture.errors import ConfigError, ContextLengthError, UnsupportedModelError
 from overture.prompt import KVPrefix
 from overture.runtime.host import Host
-from overture.spec import evaluating, execution_device
+from overture.spec import execution_device, measuring
 
 __all__ = ["concatenated", "shifted"]
 
@@ -79,7 +79,8 @@ def shifted(model: PreTrainedModel, prefix: KVPrefix, offset: int) -> KVPrefix:
         return prefix
     rotation = _ROTATIONS.get(host)
     if rotation is None:
-        rotation = _ROTATIONS[host] = _Rotation(model, host)
+        with measuring(model):
+            rotation = _ROTATIONS[host] = _Rotation(model, host)
     keys = (rotation.turned(layer, key, offset) for layer, key in enumerate(prefix.keys))
     return replace(prefix, keys=tuple(keys))
 
@@ -139,7 +140,8 @@ class _Rotation:
             return key
         length = key.shape[1]
         while len(self.turns) * _BLOCK < offset + length:
-            self.turns.append(self._measured(len(self.turns) * _BLOCK))
+            with measuring(self.model):
+                self.turns.append(self._measured(len(self.turns) * _BLOCK))
         turns = torch.cat([block[layer] for block in self.turns])
         return self.planes[layer].turned(key, turns[offset : offset + length] / turns[:length])
 
@@ -173,12 +175,7 @@ class _Rotation:
     ) -> tuple[list[Float[Tensor, "N K D"]], list[Float[Tensor, "N K E"]]]:
         """Keys and values of every layer for tokens that stand alone, each at its position; fp64."""
         recorder, device = _Recorder(), execution_device(self.model)
-        with (
-            torch.no_grad(),
-            evaluating(self.model),
-            torch.autocast(device.type, enabled=False),
-            self.host.using(None),
-        ):
+        with self.host.using(None):
             self.host.stacks[0](
                 input_ids=ids[:, None].to(device),
                 position_ids=(positions + (self.host.spec.first_position or 0))[:, None].to(device),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -13,7 +12,7 @@ from overture.errors import UnsupportedModelError
 from overture.prompt import BaseModelId
 from overture.spec import adapters
 from overture.spec.identity import embedding_scale, identify
-from overture.spec.modules import backbone, embedding_table, evaluating, rope_parameters, text_encoder, unwrapped
+from overture.spec.modules import backbone, embedding_table, measuring, rope_parameters, text_encoder, unwrapped
 from overture.spec.probe import AttentionLayer, first_position, meets_in_attention_only, record
 
 __all__ = ["ModelSpec"]
@@ -106,7 +105,7 @@ def _state(model: PreTrainedModel) -> tuple[object, ...]:
 
 def _probe(model: PreTrainedModel) -> ModelSpec:
     table = embedding_table(model)
-    with torch.no_grad(), evaluating(model):
+    with measuring(model):
         layers, refusal = record(model)
         first = first_position(model, layers)
         causal = bool(layers) and all(layer.causal for layer in layers)

@@ -24,6 +24,7 @@ __all__ = [
     "evaluating",
     "execution_device",
     "hooks",
+    "measuring",
     "rope_parameters",
     "stack",
     "stacks",
@@ -169,3 +170,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def measuring(model: PreTrainedModel) -> Iterator[None]:
+    """For what is found once and kept: free of dropout, autocast, gradient and inference mode that happen to hold."""
+    device = execution_device(model).type
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False), evaluating(model):
+        yield

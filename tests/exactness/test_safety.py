@@ -261,3 +261,19 @@ def test_used_models_can_be_copied_and_pickled(make_model, texts):
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         with prompts(other, _words(model)):
             assert torch.equal(other(input_ids=texts[0][None]).logits, wanted)
+
+
+def test_what_inference_mode_left_behind_can_be_trained_behind(make_model, texts):
+    """Oracle: the gradient in a model that was never in inference mode."""
+    gradients = []
+    for first in (True, False):
+        model = make_model("llama")
+        fixed = SoftPrompt(VirtualTokens(torch.linspace(-1, 1, 96).reshape(3, 32)), ModelSpec.of(model).base)
+        if first:
+            with torch.inference_mode(), prompts(model, [(fixed, fixed)]):
+                model(input_ids=texts[0][None])
+        trained = torch.linspace(-1, 1, 64, dtype=torch.float64).reshape(2, 32).requires_grad_()
+        with prompts(model, [(fixed, fixed, VirtualTokens(trained))]):
+            model(input_ids=texts[0][None]).logits.square().mean().backward()
+        gradients.append(trained.grad)
+    assert torch.equal(*gradients)
