@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -29,6 +30,8 @@ class PTuning(Method):
     """`"lstm"` (the original: bidirectional LSTM and MLP), `"mlp"`, or `"none"` (free virtual tokens)."""
     encoder_hidden: int | None = None
     """Width of the encoder, 2 or more; None for the model's hidden size."""
+    verbalizer: Mapping[str, str | Sequence[str]] | None = None
+    """For masked language models: the word, or words, that say each label at the mask; None if labels are words."""
 
     def __post_init__(self) -> None:
         Method.__post_init__(self)
@@ -40,6 +43,7 @@ class PTuning(Method):
             raise ConfigError(
                 expected="a template to be text", got=repr(source), do="write one such as '[V8] {text} [V8]'"
             )
+        _check_verbalizer(self.verbalizer)
         template = self.template_
         if template and self.num_virtual_tokens not in (None, template.num_virtual_tokens):
             raise ConfigError(
@@ -74,3 +78,22 @@ class PTuning(Method):
             else:
                 offset = FreeOffset(length, hidden)
         return TokensModule(start, frozen.spec.embedding_scale, offset)
+
+
+def _check_verbalizer(verbalizer: object) -> None:
+    if verbalizer is None:
+        return
+    listed = [[some] if isinstance(some, str) else some for some in getattr(verbalizer, "values", list)()]
+    if (
+        not isinstance(verbalizer, Mapping)
+        or not listed
+        or not all(
+            isinstance(some, list | tuple) and some and all(isinstance(w, str) and w for w in some) for some in listed
+        )
+        or not all(isinstance(label, str) and label for label in verbalizer)
+    ):
+        raise ConfigError(
+            expected="a verbalizer with a word, or a list of words, for every label",
+            got=repr(verbalizer),
+            do='write one such as {"positive": "great", "negative": ["bad", "awful"]}',
+        )

@@ -8,11 +8,17 @@ from overture.errors import ConfigError, UnsupportedModelError
 from overture.spec import task_of
 from overture.tuning.tasks.base import Builder, Form, PredictingTask, Task
 from overture.tuning.tasks.causal import CausalLM
+from overture.tuning.tasks.cloze import MaskedLM
+from overture.tuning.tasks.questions import QuestionAnswering
 from overture.tuning.tasks.sequence import SequenceClassification
+from overture.tuning.tasks.tokens import TokenClassification
 
 __all__ = ["TASKS", "Builder", "Form", "PredictingTask", "Task", "task_for"]
 
-TASKS: dict[str, Task] = {task.name: task for task in (CausalLM(), SequenceClassification())}
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (CausalLM(), MaskedLM(), SequenceClassification(), TokenClassification(), QuestionAnswering())
+}
 """The tasks by their names."""
 
 
