@@ -23,13 +23,13 @@ from transformers import PreTrainedModel
 from overture.errors import DataError, UnsupportedModelError
 from overture.prompt import Head
 from overture.runtime.chat import short
+from overture.runtime.head_module import start_head
 from overture.runtime.tokens import filler_id, leading_specials
 from overture.runtime.whole import has_types
 from overture.tuning.columns import target_column, text_of
 from overture.tuning.data import Row
 from overture.tuning.example import Example
 from overture.tuning.forward import Trained, precise, run
-from overture.tuning.head import start_head
 from overture.tuning.predictions import Answer, Prediction
 from overture.tuning.spans import Span, located
 from overture.tuning.tasks.base import Builder, Form, PredictingTask, refuse_template, refuse_words

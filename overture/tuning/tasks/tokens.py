@@ -21,14 +21,15 @@ from overture.errors import DataError
 from overture.prompt import Head
 from overture.runtime.chat import short
 from overture.runtime.fill import Item
+from overture.runtime.head_module import start_head
+from overture.runtime.heads import own_labels
 from overture.runtime.tokens import filler_id
 from overture.runtime.whole import has_types
 from overture.tuning.columns import target_column
 from overture.tuning.data import BadRow, Row, raise_bad_rows
 from overture.tuning.example import Example
 from overture.tuning.forward import Trained, precise, run
-from overture.tuning.head import start_head
-from overture.tuning.labels import accuracy, label_name, label_names, macro_f1, own_labels, position_of
+from overture.tuning.labels import accuracy, label_name, label_names, macro_f1, position_of
 from overture.tuning.predictions import Prediction, Tags
 from overture.tuning.spans import located, tokens_of_words
 from overture.tuning.tasks.base import Builder, Form, PredictingTask, refuse_template, refuse_words

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 import overture as ov
 from overture.errors import ConfigError, DataError
 from overture.prompt import VirtualTokens
+from overture.runtime.head_module import start_head
 from overture.runtime.tokens import place_id
 from overture.spec import ModelSpec
 from overture.tuning.api import tune
@@ -21,7 +22,6 @@ from overture.tuning.data import load_rows
 from overture.tuning.evaluate import evaluate
 from overture.tuning.examples import encode_for
 from overture.tuning.forward import Trained
-from overture.tuning.head import start_head
 from overture.tuning.tasks import TASKS, Form
 from overture.tuning.tasks.tokens import entities
 
