@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache, partial, wraps
 from inspect import signature
 from os import PathLike
 from tempfile import TemporaryDirectory
@@ -12,8 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.autograd.graph import save_on_cpu
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from overture.errors import ConfigError
 from overture.formats.hub import upload
@@ -24,22 +22,20 @@ from overture.runtime.encode import Encoded
 from overture.runtime.fold import fold
 from overture.runtime.head_module import HeadModule
 from overture.runtime.prompts import prompts
-from overture.runtime.recompute import Checkpoint, checkpointed_blocks, checkpointing
+from overture.runtime.recompute import checkpointed_blocks
 from overture.spec import ModelSpec, evaluating, execution_device, unwrapped
 from overture.trainer import folder, state
 from overture.trainer.checks import check_adapters, own_head, places_for
+from overture.trainer.wrapper import Wrapper
 
 __all__ = ["PromptModel"]
 
 
-class PromptModel(PreTrainedModel):
+class PromptModel(Wrapper):
     """A frozen base model with a trainable prompt before every row.
 
     Takes and returns what the base model does, so it goes wherever that goes: the Trainer of transformers, TRL's
-    `SFTTrainer`, Accelerate, a plain loop. Only the prompt is trained. The base model's dropout stays off. Whatever
-    is not said here is the base model's own: `config`, `generation_config`, `hf_device_map` and so on.
-
-    It is a `PreTrainedModel` because Trainer saves nothing but raw tensors of anything else.
+    `SFTTrainer`, Accelerate, a plain loop. Only the prompt is trained. The base model's dropout stays off.
 
     Args:
         model: a transformers model, or one that PEFT wraps. Its parameters' `requires_grad` is switched off.
@@ -57,9 +53,6 @@ class PromptModel(PreTrainedModel):
         UnsupportedModelError: the model cannot take this kind of prompt.
     """
 
-    # What is trained is not quantized, whatever the base model is; Trainer refuses models that are.
-    is_quantized = False
-
     def __init__(
         self,
         model: nn.Module,
@@ -71,17 +64,13 @@ class PromptModel(PreTrainedModel):
         head: bool = False,
         train_adapters: bool = False,
     ) -> None:
-        # PreTrainedModel's own would choose attention, loss and generation options anew; the base model has done so.
-        nn.Module.__init__(self)
+        super().__init__(model)
         inner = unwrapped(model)
         if train_adapters:
             check_adapters(model)
         else:
             model.requires_grad_(False)
-        self.base = model
         self.method, self.name = method, name
-        self._checkpoint: Checkpoint | None = None
-        self._every_n_layers = 1
         self._inside = False
         with evaluating(model), torch.no_grad():
             self.prompt = method.build(Frozen(inner, tokenizer or _NoWords()), Generator().manual_seed(seed))
@@ -95,10 +84,7 @@ class PromptModel(PreTrainedModel):
                 "base_digest", torch.tensor(list(digest), dtype=torch.uint8, device=execution_device(inner))
             )
         state.install(self)
-        self.__class__ = _like(type(self), type(inner))  # type: ignore[arg-type]
         self.train(model.training)
-
-    # Running -----------------------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's output with the trained prompt before every row."""
@@ -157,103 +143,6 @@ class PromptModel(PreTrainedModel):
                 for name, child in module.named_children():
                     child.train(mode and name != "base_layer")
         return self
-
-    # What Trainer, TRL and Accelerate ask for --------------------------------------------------------------------
-
-    def __getattr__(self, name: str) -> Any:
-        """Everything else is the base model's."""
-        try:
-            return nn.Module.__getattr__(self, name)
-        except AttributeError:
-            if name == "base":
-                raise
-            return getattr(self.base, name)
-
-    @property
-    def base_model(self) -> nn.Module:
-        """The base model without its head; under the prompt while this model runs."""
-        return unwrapped(self.base).base_model
-
-    @property
-    def device(self) -> torch.device:
-        """The base model's device."""
-        return execution_device(unwrapped(self.base))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The base model's dtype. The prompt is fp32 on any."""
-        return unwrapped(self.base).dtype
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The base model's input embedding."""
-        return unwrapped(self.base).get_input_embeddings()
-
-    def get_output_embeddings(self) -> nn.Module | None:
-        """The base model's output layer."""
-        layer: nn.Module | None = unwrapped(self.base).get_output_embeddings()
-        return layer
-
-    def enable_input_require_grads(self) -> None:
-        """Nothing to do: a prompt's gradient does not need that of the input embeddings."""
-
-    def disable_input_require_grads(self) -> None:
-        """Nothing to undo."""
-
-    def gradient_checkpointing_enable(  # type: ignore[override]
-        self,
-        gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
-        every_n_layers: int = 1,
-        offload: bool = False,
-    ) -> None:
-        """Recompute the base model's blocks in the backward pass of training.
-
-        Args:
-            gradient_checkpointing_kwargs: options of `torch.utils.checkpoint.checkpoint`; `use_reentrant` may be
-                False (the default) or True.
-            every_n_layers: recompute only every n-th block, 1 or more.
-            offload: hold what a block keeps for it in the host's memory.
-        """
-        function = checkpointing(**dict(gradient_checkpointing_kwargs or {}))
-        self._checkpoint = partial(_offloaded, function) if offload else function
-        self._every_n_layers = every_n_layers
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Keep activations for the backward pass."""
-        self._checkpoint = None
-
-    def activation_checkpointing_enable(
-        self,
-        activation_checkpointing_kwargs: Mapping[str, Any] | None = None,
-        every_n_layers: int = 1,
-        offload: bool = False,
-    ) -> None:
-        """`gradient_checkpointing_enable` under its name since transformers 5.23."""
-        # By way of the old name, which TRL replaces to checkpoint selectively.
-        self.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs=activation_checkpointing_kwargs,
-            every_n_layers=every_n_layers,
-            offload=offload,
-        )
-
-    def activation_checkpointing_disable(self) -> None:
-        """`gradient_checkpointing_disable` under its name since transformers 5.23."""
-        self.gradient_checkpointing_disable()
-
-    @property
-    def is_gradient_checkpointing(self) -> bool:
-        """Whether blocks are recomputed in training."""
-        return self._checkpoint is not None
-
-    @property
-    def is_activation_checkpointing(self) -> bool:
-        """`is_gradient_checkpointing` under its name since transformers 5.23."""
-        return self.is_gradient_checkpointing
-
-    @property
-    def _recomputes(self) -> bool:
-        return self._checkpoint is not None and self.training and torch.is_grad_enabled()
-
-    # What comes of it --------------------------------------------------------------------------------------------
 
     def soft_prompt(self, name: str | None = None) -> SoftPrompt:
         """The prompt as it stands, for use: networks folded away, fp32 on the CPU. `name` None keeps its name."""
@@ -336,12 +225,6 @@ class PromptModel(PreTrainedModel):
             return upload(temporary, repo_id, commit_message=commit_message, **options)
 
 
-def _offloaded(function: Any, *args: Any) -> Any:
-    """Call a block through `function` with the activations it saves in the host's memory."""
-    with save_on_cpu(pin_memory=torch.cuda.is_available()):
-        return function(*args)
-
-
 class _NoWords:
     """Stands for a tokenizer where none was given."""
 
@@ -351,18 +234,3 @@ class _NoWords:
             got=f"init={text!r} and no tokenizer",
             do="pass PromptModel(model, method, tokenizer=tokenizer)",
         )
-
-
-@cache
-def _like(cls: type[PromptModel], base: type[PreTrainedModel]) -> type[PromptModel]:
-    """`cls` with the name and the signature of `base`.
-
-    By these Trainer tells which columns a model reads, which of them are labels, and whether its labels are shifted.
-    """
-
-    @wraps(base.forward)
-    def forward(self: PromptModel, *args: Any, **kwargs: Any) -> Any:
-        return cls.forward(self, *args, **kwargs)
-
-    namespace = {"forward": forward, "main_input_name": base.main_input_name, "__module__": cls.__module__}
-    return type(base.__name__, (cls,), namespace)
