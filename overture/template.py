@@ -80,6 +80,14 @@ class Template:
         return sum(s.count for s in self.segments if isinstance(s, Virtual))
 
     @property
+    def reading(self) -> str:
+        """The template without its virtual tokens: what it makes of a row's text."""
+        written = (
+            s.text if isinstance(s, Text) else f"{{{s.name}}}" for s in self.segments if not isinstance(s, Virtual)
+        )
+        return "".join(written)
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """Names of the data columns used, in order of appearance, each once."""
         return tuple(dict.fromkeys(s.name for s in self.segments if isinstance(s, Column)))

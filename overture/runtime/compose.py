@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from overture.errors import BaseMismatchError, ConfigError, OvertureError
 from overture.prompt import Head, KVPrefix, SoftPrompt, Value, VirtualTokens
+from overture.runtime.fill import common_template
 from overture.runtime.host import Host
 from overture.runtime.prompts import Piece, as_prefixes, check, head_of
 from overture.spec import unwrapped
-from overture.template import Column, Template, Text
+from overture.template import Template
 
 __all__ = ["average", "join", "joined_rows"]
 
@@ -50,13 +51,13 @@ def join(model: nn.Module, *prompts: Piece) -> SoftPrompt | KVPrefix:
         raise ConfigError(expected="prompts to join", got="none", do="pass join(model, first, second)")
     check(host, prompts)
     saved = [prompt for prompt in prompts if isinstance(prompt, SoftPrompt)]
-    template = _template(saved)
+    template = common_template(prompt.template for prompt in saved)
     joined = cast(KVPrefix, as_prefixes(model, host, [prompts])[0])
     if len(saved) < len(prompts):
         return joined
     stored = joined.map(lambda t: t.detach().float().cpu().contiguous())
     if template is not None:
-        template = Template.parse(f"[V{stored.length}]{_text(template)}")
+        template = Template.parse(f"[V{stored.length}]{template.reading}")
     return SoftPrompt(stored, host.spec.base, template, _method("join", saved), {}, _name(saved), head_of(prompts))
 
 
@@ -168,29 +169,6 @@ def _shape(value: Value) -> str:
     parts = value.parts if isinstance(value, KVPrefix) else None
     found = ", ".join(f"{shapes.count(shape)} x {shape}" for shape in dict.fromkeys(shapes))
     return found if parts is None else f"{found} for {'+'.join(parts)}"
-
-
-def _template(prompts: Sequence[SoftPrompt]) -> Template | None:
-    """The one way in which the prompts read their text; None for text as it is."""
-    with_text = {_text(p.template): p.template for p in prompts if p.template is not None and _text(p.template)}
-    if len(with_text) > 1:
-        raise ConfigError(
-            expected="prompts that read their text in one way",
-            got=" and ".join(repr(text) for text in with_text),
-            do="tune the prompts with one template, or all but one without",
-        )
-    return next(iter(with_text.values()), None)
-
-
-def _text(template: Template) -> str:
-    """A template without its virtual tokens."""
-    parts = []
-    for segment in template.segments:
-        if isinstance(segment, Column):
-            parts.append(f"{{{segment.name}}}")
-        elif isinstance(segment, Text):
-            parts.append(segment.text)
-    return "".join(parts)
 
 
 def _method(name: str, prompts: Sequence[SoftPrompt]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from overture.errors import ConfigError, DataError
 from overture.prompt import SoftPrompt, Value
 from overture.runtime.chat import Message, check_messages, render, short
-from overture.runtime.fill import Item, columns_of, fill, has_text
+from overture.runtime.fill import Item, columns_of, common_template, fill, has_text
 from overture.runtime.host import stands_in_text
 from overture.runtime.reading import Encoded, Reading, batch_rows
 from overture.runtime.tokens import filler_id, place_id, prompt_ids, specials_in_front, text_ids
@@ -25,7 +25,7 @@ __all__ = ["Encoded", "Item", "encode", "encode_prompt"]
 def encode(
     tokenizer: PreTrainedTokenizerBase,
     items: Sequence[Item],
-    prompts: Sequence[SoftPrompt | Value | None] | None = None,
+    prompts: Sequence[SoftPrompt | Value | tuple[SoftPrompt | Value | None, ...] | None] | None = None,
     *,
     spec: ModelSpec | None = None,
     padding_side: Literal["left", "right"] | None = None,
@@ -37,7 +37,7 @@ def encode(
         tokenizer: the base model's tokenizer. It needs no padding token.
         items: one input per row: a text, a list of messages, or a mapping with the template's columns (without a
             template: with `prompt`, `messages` or `text`).
-        prompts: the prompt of each row, for its template; None for no prompts.
+        prompts: the prompt of each row, or a tuple of several that are joined, for their template; None for no prompts.
         spec: the base model's shape. Needed where leading virtual tokens cannot run ahead of the text (encoders, and
             models without an attention seam): they then get places behind the special tokens in front.
         padding_side: where shorter rows are filled up; None for the right of complete texts, as encoders need it, and
@@ -69,15 +69,17 @@ def encode(
         )
     rows: list[Reading] = []
     for number, (item, prompt) in enumerate(zip(items, prompts, strict=True), 1):
-        template = prompt.template if isinstance(prompt, SoftPrompt) else None
+        pieces = prompt if isinstance(prompt, tuple) else (prompt,)
+        template = common_template(piece.template for piece in pieces if isinstance(piece, SoftPrompt))
         try:
             row = encode_whole(tokenizer, item, template) if complete else encode_prompt(tokenizer, item, template)
         except DataError as error:
             if len(items) == 1:
                 raise
             raise DataError(expected=error.expected, got=f"{error.got} (input {number})", do=error.do) from None
-        if row.slots is None and spec is not None and prompt is not None and stands_in_text(spec, prompt):
-            row = row.with_places(prompt.length, specials_in_front(tokenizer, row.ids), place_id(tokenizer))
+        alone = None if isinstance(prompt, tuple) else prompt
+        if row.slots is None and spec is not None and alone is not None and stands_in_text(spec, alone):
+            row = row.with_places(alone.length, specials_in_front(tokenizer, row.ids), place_id(tokenizer))
         rows.append(row)
     return batch_rows(rows, filler_id(tokenizer), padding_side or ("right" if complete else "left"))
 

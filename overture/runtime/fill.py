@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import count, groupby, islice
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from overture.errors import DataError
+from overture.errors import ConfigError, DataError
 from overture.runtime.chat import Message, short
 from overture.runtime.reading import Reading
 from overture.runtime.tokens import leading_specials, place_id, prompt_ids, text_ids
@@ -16,7 +16,7 @@ from overture.template import Template, Text, Virtual
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Item", "columns_of", "fill", "has_text"]
+__all__ = ["Item", "columns_of", "common_template", "fill", "has_text"]
 
 Item = str | Sequence[Message] | Mapping[str, Any]
 """One input: a text, a list of messages, or a row of data."""
@@ -25,6 +25,22 @@ Item = str | Sequence[Message] | Mapping[str, Any]
 def has_text(template: Template | None) -> TypeGuard[Template]:
     """Whether a template says what the model reads; one of virtual tokens alone means them in front, as None does."""
     return template is not None and not all(isinstance(segment, Virtual) for segment in template.segments)
+
+
+def common_template(templates: Iterable[Template | None]) -> Template | None:
+    """The one way in which prompts of one row read their text; None for the text as it is.
+
+    Raises:
+        ConfigError: there are several.
+    """
+    readings = {template.reading: template for template in templates if has_text(template)}
+    if len(readings) > 1:
+        raise ConfigError(
+            expected="joined prompts that read their text in one way",
+            got=" and ".join(map(repr, readings)),
+            do="tune the prompts with one template, or all but one without",
+        )
+    return next(iter(readings.values()), None)
 
 
 def columns_of(item: Item, template: Template) -> Mapping[str, Any]:

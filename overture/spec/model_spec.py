@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -17,7 +19,6 @@ from overture.spec.probe import AttentionLayer, first_position, meets_in_attenti
 
 __all__ = ["ModelSpec"]
 
-_WATCHED = 16
 _LEARNED_POSITIONS = ("position_embeddings", "wpe", "embed_positions")
 
 
@@ -94,13 +95,21 @@ _SPECS: WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], ModelSpec]] = Wea
 def _state(model: PreTrainedModel) -> tuple[object, ...]:
     """What is another whenever the model is: cheap to find, since every use of a prompt asks for it."""
     parameters = list(model.parameters())
-    # Every change of a weight in place counts up its version, but for one through `.data`, as when PEFT merges an
-    # adapter. That changes every block, so that a few numbers of the last one show it.
     versions = sum(0 if parameter.is_inference() else parameter._version for parameter in parameters)
-    watched = [p.detach() for p in parameters[-_WATCHED:] if p.numel() and not p.is_meta and type(p.data) is Tensor]
-    numbers = tuple(float(tensor[(0,) * tensor.ndim]) for tensor in watched)
     acting = tuple(tuple(adapters.acting(layer).items()) for _, layer in adapters.layers(model))
-    return versions, len(parameters), numbers, acting
+    return versions, len(parameters), _first_numbers(parameters), acting
+
+
+@torch.no_grad()
+def _first_numbers(parameters: Sequence[nn.Parameter]) -> tuple[float, ...]:
+    """One number of every matrix. A change through `.data`, as when PEFT merges an adapter, counts up no version."""
+    groups: dict[object, list[Tensor]] = {}
+    for parameter in parameters:
+        # Quantised weights are parameters of other classes, and offloaded ones have no numbers here.
+        if type(parameter) is nn.Parameter and parameter.ndim > 1 and parameter.numel() and not parameter.is_meta:
+            first = parameter.as_strided((1,), (1,))
+            groups.setdefault((first.device, first.dtype), []).append(first)
+    return tuple(number for group in groups.values() for number in torch.cat(group).tolist())
 
 
 def _probe(model: PreTrainedModel) -> ModelSpec:

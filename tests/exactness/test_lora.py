@@ -141,13 +141,14 @@ def test_an_adapter_that_does_not_act_is_no_part_of_the_base(plain, wrapped, tex
     assert not torch.allclose(outputs["default"], outputs["second"], atol=1e-2)
 
 
-def test_merging_into_a_model_that_was_in_use_makes_another_base(plain, texts):
+@pytest.mark.parametrize("options", [{}, {"layers_to_transform": [0]}], ids=["all-layers", "first-layer"])
+def test_merging_into_a_model_that_was_in_use_makes_another_base(plain, texts, options):
     """PEFT merges past the version counters of the weights. Oracle: the same weights in a fresh model."""
     ids = texts[0][None]
     prompt = SoftPrompt(VirtualTokens(torch.randn(4, 32)), ModelSpec.of(plain).base)
     with prompts(plain, [prompt]):
         before = plain(input_ids=ids).logits
-    merged = get_peft_model(plain, _adapter()).merge_and_unload()
+    merged = get_peft_model(plain, _adapter(**options)).merge_and_unload()
     with pytest.raises(BaseMismatchError), prompts(merged, [prompt]):
         pass
     own = SoftPrompt(prompt.value, ModelSpec.of(merged).base)

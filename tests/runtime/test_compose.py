@@ -22,7 +22,7 @@ from transformers import (
 from overture.errors import BaseMismatchError, ConfigError, OvertureError
 from overture.prompt import BaseModelId, Head, KVPrefix, SoftPrompt, VirtualTokens
 from overture.runtime.compose import average, join
-from overture.runtime.encode import encode_prompt
+from overture.runtime.encode import encode, encode_prompt
 from overture.runtime.generate import generate
 from overture.runtime.prompts import prompts
 from overture.spec import ModelSpec
@@ -109,6 +109,8 @@ def test_the_template_of_a_join_reads_the_text_as_its_parts_do(model):
             _Letters(), {"word": "yes"}, task.template
         )
     assert join(model, task, task).template.source == "[V6]Say {word}: "
+    pair = encode(_Letters(), [{"word": "yes"}] * 2, [(task, user), join(model, task, user)])
+    assert torch.equal(*pair.input_ids)
     assert join(model, user, user).template is None
 
 
