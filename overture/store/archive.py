@@ -266,21 +266,28 @@ class Archive:
         """Delete what removals left to be deleted, of one folder or of all."""
         with self.database.reading() as c:
             waiting = index.garbage_of(c, folder)
-        for home in sorted({home for home, _ in waiting}):
-            if (home, "") in waiting:
-                # Its tenant is gone, so nobody can be writing there.
-                self.blobs.remove_folder(home)
-                with self.writing() as c:
-                    for _, file in index.garbage_of(c, home):
-                        index.remove_garbage(c, home, file)
-                continue
-            with self.writing() as c:
-                if index.find_tenant(c, home) is None:
-                    continue  # erased meanwhile, by somebody who deletes the whole folder
-                # Under the tenant's lock once more: what was published again meanwhile is garbage no more.
-                for _, file in index.garbage_of(c, home):
+        try:
+            for home in sorted({home for home, _ in waiting}):
+                self._collect_folder(home, whole=(home, "") in waiting)
+        except OSError as error:
+            raise StoreError(
+                expected="removed records' files to be deleted",
+                got=f"{error.strerror or error}",
+                do="check the permissions of the store's files; they are deleted when the store is next opened",
+            ) from None
+
+    def _collect_folder(self, home: str, *, whole: bool) -> None:
+        if whole:
+            # Its tenant is gone, so nobody can be writing there.
+            self.blobs.remove_folder(home)
+        with self.writing() as c:
+            if not whole and index.find_tenant(c, home) is None:
+                return  # erased meanwhile, by somebody who deletes the whole folder
+            # Under the tenant's lock once more: what was published again meanwhile is garbage no more.
+            for _, file in index.garbage_of(c, home):
+                if not whole:
                     self.blobs.remove(home, file)
-                    index.remove_garbage(c, home, file)
+                index.remove_garbage(c, home, file)
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import mmap
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -111,9 +113,10 @@ class RemoteBlobs:
         """Put the object, unless it is there whole."""
         path = self._path(folder, file)
         # A whole file is never written again: where writes are not atomic, its readers would see a part.
-        if self._size(path) != len(data):
-            self._fs.makedirs(f"{self._root}/{folder}", exist_ok=True)
-            self._fs.pipe_file(path, data)
+        with self._reaching():
+            if self._size(path) != len(data):
+                self._fs.makedirs(f"{self._root}/{folder}", exist_ok=True)
+                self._fs.pipe_file(path, data)
 
     def read(self, folder: str, file: str) -> bytes | memoryview:
         """The whole object."""
@@ -122,11 +125,12 @@ class RemoteBlobs:
 
     def remove(self, folder: str, file: str) -> int:
         """Delete an object."""
-        size = self._size(path := self._path(folder, file))
-        if size is None:
-            return 0
-        self._fs.rm_file(path)
-        return size
+        path = self._path(folder, file)
+        with self._reaching():
+            size = self._size(path)
+            if size is not None:
+                self._fs.rm_file(path)
+        return size or 0
 
     def files(self, folder: str) -> dict[str, int]:
         """Bytes of every object in a folder."""
@@ -139,8 +143,9 @@ class RemoteBlobs:
     def remove_folder(self, folder: str) -> None:
         """Delete all objects of a folder."""
         path = f"{self._root}/{folder}"
-        if self._fs.exists(path):
-            self._fs.rm(path, recursive=True)
+        with self._reaching():
+            if self._fs.exists(path):
+                self._fs.rm(path, recursive=True)
 
     def _path(self, folder: str, file: str) -> str:
         return f"{self._root}/{folder}/{file}"
@@ -153,11 +158,21 @@ class RemoteBlobs:
         return size
 
     def _list(self, path: str) -> list[dict[str, Any]]:
-        try:
-            listed: list[dict[str, Any]] = self._fs.ls(path, detail=True, refresh=True)
-        except FileNotFoundError:
-            return []
+        listed: list[dict[str, Any]] = []
+        with self._reaching(), suppress(FileNotFoundError):
+            listed = self._fs.ls(path, detail=True, refresh=True)
         return listed
+
+    @contextmanager
+    def _reaching(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:  # fsspec's way to say whatever went wrong
+            raise StoreError(
+                expected=f"files that can be reached at {self._root!r}",
+                got=f"{type(error).__name__}: {error}",
+                do="check the address, its credentials and permissions, and the network",
+            ) from error
 
 
 def open_blobs(url: str, *, read_only: bool = False) -> Blobs:

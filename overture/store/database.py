@@ -26,6 +26,8 @@ __all__ = ["Database", "open_database"]
 _WAIT_SECONDS = 60
 """How long a writer waits for another."""
 _LOCK_OF_MAKING = 0x6F766572  # "over": PostgreSQL's advisory locks are numbers
+_EPOCH = 1 << 64
+"""More than any clock or counter comes to."""
 
 Facts = dict[str, str]
 
@@ -36,6 +38,7 @@ class Database:
     def __init__(self, url: URL, *, read_only: bool) -> None:
         self._url, self._read_only = url, read_only
         self._lock = threading.Lock()
+        self._epoch = 0
         self._start()
 
     def _start(self) -> None:
@@ -68,6 +71,8 @@ class Database:
         """A transaction that is durable when this ends, or undone by any exception."""
         with self._explained(), self._current(self._writer).begin() as connection:
             yield connection
+        with self._lock:
+            self._epoch += 1
 
     def moment(self, max_age: float) -> int:
         """A number that differs from the last one if others may have changed the index.
@@ -76,18 +81,20 @@ class Database:
             max_age: seconds for which PostgreSQL is trusted not to have changed; SQLite is asked each time.
         """
         if not self.is_sqlite:
-            return int(time.monotonic() / max_age) if max_age else time.monotonic_ns()
+            now = int(time.monotonic() / max_age) if max_age else time.monotonic_ns()
+            return self._epoch * _EPOCH + now  # own changes are seen at once
         with self._lock:
             if self._watcher is None or self._process != os.getpid():
                 with self._explained():
                     raw: Any = self._current(self._engine).raw_connection()
                     self._watcher, self._cursor = raw, raw.driver_connection.cursor()
+                    self._epoch += 1  # what another connection counts cannot be compared
             try:
                 # Changes whenever any other connection has committed, also one of this process.
                 version: int = self._cursor.execute("PRAGMA data_version").fetchall()[0][0]
             except sqlite3.Error as error:
                 raise _explain(error, self.shown) from error
-            return version
+            return self._epoch * _EPOCH + version
 
     def forget(self) -> bool:
         """Leave no trace of deleted rows in the database's files, as far as that can be done from here.

@@ -236,11 +236,18 @@ _RECORD = (
 _JOINED = tenants.join(prompts).join(versions)
 
 
+_CURRENT = (
+    sa.select(*_RECORD)
+    .select_from(_JOINED)
+    .where(tenants.c.name == sa.bindparam("of"), prompts.c.name == sa.bindparam("called"))
+    .where(versions.c.version == sa.func.coalesce(sa.bindparam("number", type_=sa.Integer), prompts.c.current))
+)
+"""Asked at every cold load, so not put together each time."""
+
+
 def version(c: Connection, tenant: str, name: str, number: int | None) -> Stored | None:
     """One version of a name, the current one if `number` is None."""
-    wanted = versions.c.version == (prompts.c.current if number is None else number)
-    query = sa.select(*_RECORD).select_from(_JOINED).where(tenants.c.name == tenant, prompts.c.name == name, wanted)
-    row = c.execute(query).one_or_none()
+    row = c.execute(_CURRENT, {"of": tenant, "called": name, "number": number}).one_or_none()
     return None if row is None else Stored._make(row)
 
 

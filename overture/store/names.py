@@ -41,7 +41,8 @@ def check_name(text: str) -> str:
 
 
 def _checked(text: str, what: str, forbidden: str) -> str:
-    text = unicodedata.normalize("NFC", text)
+    if len(text) <= 4 * MAX_LENGTH:  # a stranger's megabytes are refused as they are
+        text = unicodedata.normalize("NFC", text)
     wrong = next((c for c in text if c in forbidden or not c.isprintable()), None)
     if wrong is not None:
         got = f"the character {wrong!r} in {text[:40]!r}"

@@ -35,6 +35,8 @@ __all__ = ["PromptStore"]
 
 INDEX, BLOBS = "index.sqlite", "blobs"
 """Names in a store's folder."""
+_MOST_NAMES = 100_000
+"""Names to remember at a time, so that a store of millions does not fill the memory with them."""
 
 
 @dataclass(slots=True)
@@ -389,8 +391,10 @@ class PromptStore:
         wanted = tenant, name, version
         found = view.found.get(wanted)
         if found is None:
-            # Not older than `moment`, so it may stand in this view.
-            found = view.found[wanted] = self._archive.locate(check_tenant(tenant), check_name(name), version)
+            found = self._archive.locate(check_tenant(tenant), check_name(name), version)
+            if len(view.found) >= _MOST_NAMES:
+                view.found.clear()
+            view.found[wanted] = found  # not older than `moment`, so it may stand in this view
         return found
 
     def _look_again(self, moment: int) -> _View:

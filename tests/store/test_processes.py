@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 def test_nothing_of_many_writers_is_lost(root: Path) -> None:
-    writers, steps = 5, 8
+    writers, steps = 4, 6
     done = subprocess.run(
         [sys.executable, "-m", "tests.store.crowd", str(root), str(writers), str(steps)],
         cwd=REPOSITORY,

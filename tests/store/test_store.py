@@ -328,12 +328,13 @@ def test_a_child_process_may_go_on_with_its_parents_store(store: PromptStore) ->
     """After a fork, connections are the parent's; the child makes its own."""
     store.publish("acme", "poet", make_prompt(1))
     store.get("acme", "poet")
+    store.publish("acme", "poet", make_prompt(3))  # and what they noticed is not what the child has noticed
     child = os.fork()
     if child == 0:
         code = 1
         try:
+            code = 0 if content(store.get("acme", "poet")) == content(make_prompt(3)) else 2
             store.publish("acme", "child", make_prompt(2))
-            code = 0 if content(store.get("acme", "poet")) == content(make_prompt(1)) else 2
         finally:
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
