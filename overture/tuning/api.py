@@ -12,7 +12,7 @@ from os import PathLike
 from pathlib import Path
 
 import torch
-from torch import Generator
+from torch import Generator, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from overture.errors import ConfigError, DataError, DivergedError, PromptFileError
@@ -22,7 +22,7 @@ from overture.prompt import BaseModelId, SoftPrompt
 from overture.runtime.compile import Frozen
 from overture.runtime.fold import fold
 from overture.runtime.tokens import filler_id
-from overture.spec import ModelSpec, execution_device
+from overture.spec import ModelSpec, execution_device, unwrapped
 from overture.tuning.cohort import Cohort, mean_losses
 from overture.tuning.config import TuneConfig
 from overture.tuning.data import Row, Source, load_rows
@@ -41,7 +41,7 @@ _CHECKPOINT = "checkpoint.safetensors"
 
 
 def tune(
-    model: PreTrainedModel,
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     method: Method,
     data: Source,
@@ -58,7 +58,8 @@ def tune(
 
     Args:
         model: a transformers model that writes text, fills a mask, or has a classification head; its weights are never
-            changed. A head's layers are trained as a copy, which goes with the prompt.
+            changed. A head's layers are trained as a copy, which goes with the prompt. An adapter of PEFT around it is
+            a part of it.
         tokenizer: its tokenizer.
         method: `PrefixTuning(...)`, `PromptTuning(...)`, `PTuning(...)` or `DeepPrompt(...)`.
         data: rows to learn from: a JSONL, CSV or Parquet file, a `datasets.Dataset`, or a list of dicts.
@@ -99,7 +100,7 @@ def tune(
 
 
 def tune_many(
-    model: PreTrainedModel,
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     method: Method | Mapping[str, Method],
     data: Mapping[str, Source],
@@ -138,6 +139,7 @@ def tune_many(
     if not data:
         raise ConfigError(expected="data for at least one prompt", got="none", do="pass {'name': rows}")
     methods = _methods(method, data, dev or {})
+    model = unwrapped(model)
     chosen = task_for(model, task)
     trainees = []
     for name, source in data.items():

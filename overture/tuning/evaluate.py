@@ -6,14 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from torch import Generator
+from torch import Generator, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from overture.errors import ConfigError
 from overture.prompt import SoftPrompt
 from overture.runtime.heads import own_labels
 from overture.runtime.tokens import filler_id
-from overture.spec import ModelSpec
+from overture.spec import ModelSpec, unwrapped
 from overture.template import Template
 from overture.tuning.cohort import mean_losses
 from overture.tuning.config import TuneConfig
@@ -50,7 +50,7 @@ class EvalResult:
 
 
 def evaluate(
-    model: PreTrainedModel,
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     prompt: SoftPrompt | None,
     data: Source,
@@ -92,6 +92,7 @@ def evaluate(
             got=f"some for the prompt {prompt.name!r}",
             do="leave them out; a prompt brings its own",
         )
+    model = unwrapped(model)
     spec, task = ModelSpec.of(model), task_for(model)
     if prompt is not None:
         prompt.check_base(spec.base)

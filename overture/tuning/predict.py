@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from overture.errors import ConfigError, UnsupportedModelError
 from overture.prompt import SoftPrompt
 from overture.runtime.fill import Item
-from overture.spec import ModelSpec
+from overture.spec import ModelSpec, unwrapped
 from overture.tuning.data import Row
 from overture.tuning.examples import encode_for
 from overture.tuning.forward import Trained, frozen
@@ -21,7 +22,7 @@ __all__ = ["predict"]
 
 
 def predict(
-    model: PreTrainedModel,
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     inputs: Sequence[Item],
     prompts: SoftPrompt | Sequence[SoftPrompt | None] | None = None,
@@ -46,6 +47,7 @@ def predict(
         UnsupportedModelError: the model is for another task.
         BaseMismatchError: a prompt belongs to another base model, or its head to another task.
     """
+    model = unwrapped(model)
     task = task_for(model)
     if not isinstance(task, PredictingTask):
         raise UnsupportedModelError(

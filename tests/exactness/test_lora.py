@@ -231,3 +231,22 @@ def test_trained_together(wrapped, texts):
             taken.append(float(value.detach()))
     assert len(set(wanted)) == 3
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(wanted), rtol=1e-4, atol=1e-6)
+
+
+def test_tuning_over_a_frozen_adapter():
+    """`tune` and `evaluate` on what PEFT wraps. Oracles: the merged model, and the adapter's own bytes."""
+    model, tokenizer = ov.load_base("tiny")
+    torch.manual_seed(7)
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    merged = _merged(wrapped)
+    before = {name: p.detach().clone() for name, p in wrapped.named_parameters()}
+    rows = [{"prompt": f"say {word}: ", "completion": word} for word in ("one", "two")] * 4
+    measured = []
+    for base in (wrapped, merged):
+        config = ov.TuneConfig(steps=3, dev_fraction=0.0)
+        result = ov.tune(base, tokenizer, ov.PromptTuning(num_virtual_tokens=4), rows, config=config)
+        assert result.prompt.base == ModelSpec.of(base).base
+        measured += [[result.frozen_loss, result.loss, ov.evaluate(base, tokenizer, result.prompt, rows).loss]]
+    torch.testing.assert_close(*map(torch.tensor, measured), rtol=1e-3, atol=1e-3)  # fp32, three steps of Adam
+    assert all(torch.equal(p, before[name]) for name, p in wrapped.named_parameters())
+    assert all(p.requires_grad for name, p in wrapped.named_parameters() if "lora_" in name)
