@@ -140,7 +140,7 @@ class PrefixAttention:
         if self.path != "concatenate":
             obstacle = "a prefix inside a sliding window" if layer in self.windows else None
             obstacle = obstacle or merge.obstacle(inner, query, key, value, attention_mask, kwargs)
-            if obstacle is None and (self.path == "merge" or merge.pays(query, key)):
+            if obstacle is None and (self.path == "merge" or merge.pays(query, key, self.rows.longest(layer))):
                 return self._merged(layer, query, key, value, attention_mask, causal, kwargs.get("scaling")), None
             if self.path == "merge":
                 raise UnsupportedModelError(

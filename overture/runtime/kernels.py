@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -86,7 +86,11 @@ class CpuFlash:
     ) -> Attended:
         """See `Kernel`."""
         scores = None if mask is None else mask.scores
+        heads = query.shape[1]
+        if _packs(query, key, scores, causal):
+            query = _packed(query, key.shape[1])
         output, lse = _FLASH_CPU(query, key, value, 0.0, causal, attn_mask=scores, scale=scale)
+        output, lse = _unpacked(output, heads), _unpacked(lse, heads)
         # For a query that sees nothing the kernel answers an lse of 0.
         return Attended(output, lse if mask is None else lse.masked_fill(mask.hidden, -torch.inf), ())
 
@@ -95,8 +99,30 @@ class CpuFlash:
     ) -> Inputs:
         """See `Kernel`."""
         scores = None if mask is None else mask.scores
-        given = (grad, *inputs, attended.output, attended.lse.contiguous())
-        return _FLASH_CPU_BACKWARD(*given, 0.0, causal, attn_mask=scores, scale=scale)  # type: ignore[no-any-return]
+        query, key, value = inputs
+        output, lse, heads = attended.output, attended.lse, query.shape[1]
+        if _packs(query, key, scores, causal):
+            grad, query, output, lse = (_packed(tensor, key.shape[1]) for tensor in (grad, query, output, lse))
+        given = (grad, query, key, value, output, lse.contiguous())
+        d_query, d_key, d_value = _FLASH_CPU_BACKWARD(*given, 0.0, causal, attn_mask=scores, scale=scale)
+        return _unpacked(d_query, heads), d_key, d_value
+
+
+def _packs(query: Tensor, key: Tensor, scores: Tensor | None, causal: bool) -> bool:
+    """True if the query heads of one key head may stand as further queries of it: then its keys are read once."""
+    alike = scores is None or scores.shape[1:3] == (1, 1)
+    return query.shape[1] != key.shape[1] and alike and not causal
+
+
+def _packed(tensor: Shaped[Tensor, "B H T *D"], kv_heads: int) -> Shaped[Tensor, "B K GT *D"]:
+    packed: Tensor = tensor.unflatten(1, (kv_heads, -1)).flatten(2, 3)
+    return packed
+
+
+def _unpacked(tensor: Shaped[Tensor, "B K GT *D"], heads: int) -> Shaped[Tensor, "B H T *D"]:
+    groups = heads // tensor.shape[1]
+    unpacked: Tensor = tensor if groups == 1 else tensor.unflatten(2, (groups, -1)).flatten(1, 2)
+    return unpacked
 
 
 class CudaFlash:

@@ -26,7 +26,11 @@ from overture.runtime.rows import Fold
 
 __all__ = ["additive", "attend", "computed_in", "obstacle", "pays"]
 
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_HALF = (torch.bfloat16, torch.float16)
+_DTYPES = (torch.float64, torch.float32, *_HALF)
+_COPIED = 2**18
+_MANY_QUERIES = 256
+_LONG_PREFIX = 64
 _READ = {"module", "query", "key", "value", "attention_mask", "scaling", "is_causal", "kwargs"}
 # What else transformers' `sdpa` function takes, dropout for one, changes the weights in ways that are not joined here.
 _REFUSED = sorted(
@@ -58,9 +62,24 @@ def obstacle(
     return None
 
 
-def pays(query: Float[Tensor, "B H T D"], key: Float[Tensor, "B K S D"]) -> bool:
-    """True if merging is expected to be the faster path."""
-    return query.device.type == "cpu"
+def pays(query: Float[Tensor, "B H T D"], key: Float[Tensor, "B K S D"], prefix: int) -> bool:
+    """True if merging was the faster path where this was measured (docs/log.md).
+
+    A second kernel costs as much as copying some hundred thousand numbers, or as attending to a short prefix.
+
+    Args:
+        query: of all rows.
+        key: of the text.
+        prefix: length of the longest prefix.
+    """
+    if query.device.type != "cpu":
+        return False
+    if query.shape[2] == 1:
+        rows, heads, keys, size = key.shape
+        return 2 * rows * heads * (keys + prefix) * size >= _COPIED
+    if query.dtype in _HALF:
+        return query.shape[2] >= 2 * _MANY_QUERIES
+    return query.shape[2] >= _MANY_QUERIES or prefix >= _LONG_PREFIX
 
 
 def computed_in(query: Tensor) -> torch.dtype:
@@ -99,8 +118,10 @@ def attend(
         causal: no text mask, and no query sees a later key.
         scale: of the scores; None for one over the root of the head size.
     """
-    masks = (text_mask, prefix_mask)
-    return _Merge.apply(query, key, value, prefix_key, prefix_value, masks, fold, causal, scale)  # type: ignore[no-any-return, no-untyped-call]
+    arguments = (query, key, value, prefix_key, prefix_value, (text_mask, prefix_mask), fold, causal, scale)
+    if torch.is_grad_enabled():
+        return _Merge.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
+    return _joined(*_parts(*arguments))
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Mask:
@@ -125,10 +146,10 @@ class _Merge(torch.autograd.Function):
         causal: bool,
         scale: float | None,
     ) -> Tensor:
-        text = kernel_for(query, masks[0]).forward(query, key, value, masks[0], causal, scale)
-        folded = fold.gathered(query)
-        prefix = kernel_for(folded, masks[1]).forward(folded, prefix_key, prefix_value, masks[1], False, scale)
-        output, lse = _joined(text, fold.scattered(prefix.output), fold.scattered(prefix.lse, without=-torch.inf))
+        text, prefix = _parts(query, key, value, prefix_key, prefix_value, masks, fold, causal, scale)
+        output, lse = _joined(text, prefix), torch.logaddexp(text.lse, prefix.lse)
+        # Above -inf also where a query sees nothing: the weights, exp(-inf - lse), are zero then, and not NaN.
+        lse = lse.clamp(min=torch.finfo(lse.dtype).min)
         ctx.save_for_backward(query, key, value, prefix_key, prefix_value, output, lse)
         ctx.masks, ctx.fold, ctx.causal, ctx.scale = masks, fold, causal, scale
         ctx.states = text.state, prefix.state
@@ -158,12 +179,26 @@ class _Merge(torch.autograd.Function):
         return d_query, d_key, d_value, d_prefix_key, d_prefix_value, None, None, None, None
 
 
-def _joined(
-    text: Attended, output: Float[Tensor, "B H T D"], lse: Float[Tensor, "B H T"]
-) -> tuple[Float[Tensor, "B H T D"], Float[Tensor, "B H T"]]:
-    """Output and log-sum-exp over text and prefix."""
-    joined = torch.logaddexp(text.lse, lse)
-    # Zero instead of -inf where a query sees nothing: the weights, exp(-inf - 0), are zero then, and not NaN.
-    joined = joined.masked_fill(joined == -torch.inf, 0)
-    weighted = text.output * (text.lse - joined).exp()[..., None] + output * (lse - joined).exp()[..., None]
-    return weighted.to(output.dtype), joined
+def _parts(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    masks: tuple[Mask | None, Mask | None],
+    fold: Fold,
+    causal: bool,
+    scale: float | None,
+) -> tuple[Attended, Attended]:
+    """What each row finds in its text, and what in its prefix."""
+    text = kernel_for(query, masks[0]).forward(query, key, value, masks[0], causal, scale)
+    folded = fold.gathered(query)
+    output, lse, state = kernel_for(folded, masks[1]).forward(folded, prefix_key, prefix_value, masks[1], False, scale)
+    return text, Attended(fold.scattered(output), fold.scattered(lse, without=-torch.inf), state)
+
+
+def _joined(text: Attended, prefix: Attended) -> Float[Tensor, "B H T D"]:
+    """Each part's output by its share of the weights."""
+    # The difference of two -inf, where a query sees nothing, is no number; both outputs are zero there.
+    share = torch.sigmoid(prefix.lse - text.lse).nan_to_num()[..., None]
+    return torch.lerp(text.output.to(share.dtype), prefix.output.to(share.dtype), share).to(text.output.dtype)

@@ -14,7 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 
 from overture.errors import ConfigError, UnsupportedModelError
-from overture.prompt import VirtualTokens
+from overture.prompt import KVPrefix, VirtualTokens
+from overture.runtime import merge
 from overture.runtime.compile import compile_prefixes
 from overture.runtime.kernels import CpuFlash
 from overture.runtime.prompts import prompts
@@ -44,14 +45,14 @@ def test_logits_and_gradients_are_those_of_concatenation(shape, make_model, text
     batch, windows = pad([t[:1].repeat(5) for t in texts] if side == "none" else texts, side)
     mask = None if side == "none" else batch.attention_mask
     results = {}
-    for path in ("oracle", "concatenate", "merge", "auto"):
+    for path in ("oracle", "concatenate", "merge"):
         model = make_model(shape)
         rows = _rows(model, grad=True)
         merges.clear()
         exact = sdpa_kernel(SDPBackend.MATH) if path == "oracle" else nullcontext()
         with exact, prompts(model, rows, attention="concatenate" if path == "oracle" else path):
             logits = model(input_ids=batch.input_ids, attention_mask=mask, use_cache=False).logits
-        assert bool(merges) == (path in ("merge", "auto"))
+        assert bool(merges) == (path == "merge")
         seen = torch.cat([logits[i, window] for i, window in enumerate(windows)])
         leaves = [t for row in (rows[0], rows[2]) for t in row.keys + row.values]
         results[path] = (seen.detach(), torch.autograd.grad((seen**2).mean(), leaves))
@@ -83,10 +84,21 @@ def test_generation(shape, make_model, texts, pad, options):
     assert answers[0] == answers[1]
 
 
-def test_auto_concatenates_what_cannot_be_merged(make_model, texts, pad, merges):
+@pytest.mark.parametrize("length", [8, 64])
+def test_auto_takes_the_path_that_pays(make_model, length, merges):
+    """Oracle: the rule that was measured (docs/log.md): prefixes of 64 and more are merged."""
+    model = make_model("llama")
+    prefix = KVPrefix(*(tuple(torch.randn(2, length, 8, dtype=torch.float64) for _ in range(3)) for _ in "kv"))
+    with prompts(model, prefix):
+        model(input_ids=torch.tensor([[5, 6, 7]]))
+    assert bool(merges) == (length >= 64)
+
+
+def test_auto_concatenates_what_cannot_be_merged(make_model, texts, merges, monkeypatch):
     """Eager attention gives no log-sum-exp. Oracle: no fused kernel ran, and `merge` says why."""
     model = make_model("llama", "eager")
     rows = _rows(model)
+    monkeypatch.setattr(merge, "pays", lambda *_: True)
     with prompts(model, rows[0]):
         model(input_ids=texts[0][None])
     assert not merges
