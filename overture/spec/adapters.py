@@ -11,9 +11,9 @@ from typing import Any, cast
 
 from torch import nn
 
-__all__ = ["acting", "known_as", "layers"]
+__all__ = ["WRAPPED", "acting", "known_as", "layers"]
 
-_WRAPPED = ("base_layer", "original_module")
+WRAPPED = ("base_layer", "original_module")
 """Names under which PEFT's layers hold what they stand for."""
 
 
@@ -41,7 +41,7 @@ def known_as(model: nn.Module) -> dict[str, str | None]:
     """
     names: dict[str, str | None] = {}
     for path, layer in layers(model):
-        names |= {f"{path}.{inner}": path for inner in _WRAPPED}
+        names |= {f"{path}.{inner}": path for inner in WRAPPED}
         active = list(acting(layer))
         for kind in cast(Any, layer).adapter_layer_names:
             for name in _held(layer, kind):

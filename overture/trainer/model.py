@@ -23,7 +23,7 @@ from overture.runtime.fold import fold
 from overture.runtime.head_module import HeadModule
 from overture.runtime.prompts import prompts
 from overture.runtime.recompute import checkpointed_blocks
-from overture.spec import ModelSpec, evaluating, execution_device, unwrapped
+from overture.spec import ModelSpec, adapters, evaluating, execution_device, unwrapped
 from overture.trainer import folder, state
 from overture.trainer.checks import check_adapters, own_head, places_for
 from overture.trainer.wrapper import Wrapper
@@ -137,11 +137,10 @@ class PromptModel(Wrapper):
         """Switch the prompt's dropout, and that of trained adapters; the base model's own stays off."""
         nn.Module.train(self, mode)
         self.base.eval()
-        for module in self.base.modules():
-            # A PEFT layer holds the frozen layer beside what is trained.
-            if hasattr(module, "adapter_layer_names") and any(p.requires_grad for p in module.parameters()):
-                for name, child in module.named_children():
-                    child.train(mode and name != "base_layer")
+        for _, layer in adapters.layers(self.base):
+            if any(parameter.requires_grad for parameter in layer.parameters()):
+                for name, child in layer.named_children():
+                    child.train(mode and name not in adapters.WRAPPED)
         return self
 
     def soft_prompt(self, name: str | None = None) -> SoftPrompt:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from trl import SFTConfig, SFTTrainer
 
 import overture as ov
@@ -112,14 +113,21 @@ def test_a_run_of_default_settings_saves_and_resumes_bit_for_bit(make_model, mak
     assert prompt.length == 4
 
 
-def test_an_adapter_and_the_prompt_train_together(make_model, make_trainer, rows):
-    """Oracle: both have moved, and the base model has not."""
-    from peft import LoraConfig, get_peft_model
+def test_an_adapter_and_the_prompt_train_together(make_model, make_trainer, rows, tmp_path):
+    """Both move, the base model does not, and a run goes on from both. Oracle: the run that was not stopped."""
 
-    base = get_peft_model(make_model(dtype=torch.float32), LoraConfig(r=2, target_modules=["q_proj"]))
-    model = ov.PromptModel(base, METHODS["p"], train_adapters=True)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    make_trainer(model, rows(), max_steps=2).train()
-    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    assert {name for name in before if "lora_B" in name} <= moved
+    def run(folder, seed, **options):
+        base = make_model(dtype=torch.float32)
+        torch.manual_seed(seed)  # adapters start at random
+        adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.2))
+        model = ov.PromptModel(adapted, METHODS["p"], train_adapters=True)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        make_trainer(model, rows(), folder=folder, max_steps=3, save_steps=2).train(**options)
+        return model, {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+
+    whole, moved = run("whole", 0)
+    assert {name for name, p in whole.named_parameters() if "lora_B" in name} <= moved
     assert all("lora" in name or name.startswith("prompt.") for name in moved)
+    resumed, _ = run("resumed", 1, resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2"))
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
