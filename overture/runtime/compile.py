@@ -23,7 +23,7 @@ from overture.errors import ContextLengthError, UnsupportedModelError
 from overture.prompt import BlockInputs, KVPrefix, VirtualTokens
 from overture.runtime.embedding import TokenRows
 from overture.runtime.host import Host
-from overture.spec import ModelSpec, backbone, block_modules, execution_device, token_embedding
+from overture.spec import ModelSpec, backbone, block_modules, execution_device, handing_on, token_embedding
 
 __all__ = ["Frozen", "compile_prefixes"]
 
@@ -214,8 +214,8 @@ def _run_both(
         # What an encoder of sound gives is not to be had from tokens. Its last layer norm leaves numbers of unit size.
         noise = torch.randn(1, len(tokens), model.config.hidden_size, generator=torch.Generator().manual_seed(0))
         source = {"encoder_outputs": (noise.to(embedded),)}
-    with host.using(None), _not_checkpointed(model):
-        backbone(model)(**source, decoder_inputs_embeds=embedded, use_cache=False, **{dispatch.KEYWORD: recorder})
+    with host.using(None), _not_checkpointed(model), handing_on(model, recorder):
+        backbone(model)(**source, decoder_inputs_embeds=embedded, use_cache=False)
 
 
 @contextmanager

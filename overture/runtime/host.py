@@ -70,6 +70,8 @@ class Seam:
     """True while prompts are set."""
     window: TokenRows | None = None
     """What the embedding of this forward pass writes over its input."""
+    written: bool = False
+    """True once it did."""
 
 
 class Host:
@@ -128,6 +130,7 @@ class Host:
         self._know(entrance)
         if _before not in entrance._forward_pre_hooks.values():
             entrance.register_forward_pre_hook(_before, with_kwargs=True)
+            entrance.register_forward_hook(_done)
             entrance.register_forward_hook(_after, always_call=True)
 
     def _know(self, module: nn.Module) -> None:
@@ -249,7 +252,7 @@ class Host:
             else:
                 # What reads ids beside the embeddings (per-layer inputs, padding) shall find the same id everywhere.
                 placed["input_ids"] = ids.masked_fill(window.slots.to(ids.device) >= 0, 0)
-                self.seam.window = window
+                self.seam.window, self.seam.written = window, False
         if self.spec.first_position is not None:
             offsets = torch.zeros(1, dtype=torch.long)
             if rows.prefixes is not None:
@@ -347,6 +350,15 @@ def _number(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return None if host is None else host.numbered(module, args, kwargs)
 
 
+def _done(module: nn.Module, args: Any, output: Any) -> None:
+    if _seam(module).window is not None and not _seam(module).written:
+        raise UnsupportedModelError(
+            expected="a model that reads token ids through its input embedding",
+            got=f"{type(module).__name__}, which did not call it",
+            do="use Prefix Tuning on this model, or pass inputs_embeds",
+        )
+
+
 def _after(module: nn.Module, args: Any, output: Any) -> None:
     if _seam(module).window is not None:
         _seam(module).window = None
@@ -354,7 +366,10 @@ def _after(module: nn.Module, args: Any, output: Any) -> None:
 
 def _embedded(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
     window = _seam(module).window
-    return None if window is None else window.write(output)
+    if window is None:
+        return None
+    _seam(module).written = True
+    return window.write(output)
 
 
 def _is_compiled(module: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
@@ -11,6 +12,7 @@ from torch import nn
 from torch._dynamo import OptimizedModule
 from transformers import PreTrainedModel
 
+from overture import dispatch
 from overture.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ __all__ = [
     "embedding_table",
     "evaluating",
     "execution_device",
+    "handing_on",
     "hooks",
     "measuring",
     "rope_parameters",
@@ -66,8 +69,24 @@ def text_encoder(model: PreTrainedModel) -> PreTrainedModel | None:
 
 
 def token_embedding(model: PreTrainedModel) -> nn.Module:
-    """The module that embeds what the model reads: in an encoder-decoder the encoder's own, whose table both share."""
-    return (text_encoder(model) or model).get_input_embeddings()
+    """The module that embeds what the model reads: in an encoder-decoder the encoder's own.
+
+    Models inside the model may each have a module of their own over one table (T5): the innermost is the one called.
+    """
+    reader = text_encoder(model) or model
+    found = reader.get_input_embeddings()
+    for module in backbone(reader).modules():
+        own = _input_embeddings(module)
+        if own is not None and own is not found and getattr(own, "weight", None) is getattr(found, "weight", own):
+            found = own
+    return found
+
+
+def _input_embeddings(module: nn.Module) -> nn.Module | None:
+    try:
+        return module.get_input_embeddings() if isinstance(module, PreTrainedModel) else None
+    except NotImplementedError:
+        return None
 
 
 def embedding_table(model: PreTrainedModel) -> torch.Tensor:
@@ -158,6 +177,27 @@ def hooks(module: nn.Module) -> list[Any]:
     """The hooks of accelerate that bring a module's weights in when it runs."""
     hook = getattr(module, "_hf_hook", None)
     return [] if hook is None else list(getattr(hook, "hooks", (hook,)))
+
+
+@contextmanager
+def handing_on(model: PreTrainedModel, handler: dispatch.AttentionHandler) -> Iterator[None]:
+    """`handler` answers every attention call, also where a model inside hands no keyword on (EncoderDecoderModel)."""
+
+    def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return args, {dispatch.KEYWORD: handler} | kwargs
+
+    inside = [module for module in backbone(model).modules() if isinstance(module, PreTrainedModel)]
+    handles = [m.register_forward_pre_hook(add, with_kwargs=True) for m in inside if _takes_keywords(m)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _takes_keywords(module: nn.Module) -> bool:
+    parameters = inspect.signature(module.forward).parameters.values()
+    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
 
 
 @contextmanager

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from overture import dispatch
-from overture.spec.modules import backbone, embedding_table, execution_device, stacks, text_encoder, token_embedding
+from overture.spec.modules import (
+    backbone,
+    embedding_table,
+    execution_device,
+    handing_on,
+    stacks,
+    text_encoder,
+    token_embedding,
+)
 
 __all__ = ["AttentionLayer", "first_position", "meets_in_attention_only", "record"]
 
@@ -103,7 +111,8 @@ def record(model: PreTrainedModel) -> tuple[tuple[AttentionLayer, ...], str | No
     dispatch.install()
     recorder = _Recorder()
     try:
-        backbone(model)(**_inputs(model), **{dispatch.KEYWORD: recorder})
+        with handing_on(model, recorder):
+            backbone(model)(**_inputs(model))
     except TypeError as error:
         return (), f"its forward pass takes no further keywords ({error})"
     if not recorder.calls:

@@ -17,9 +17,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    BertConfig,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
     MarianConfig,
     MarianMTModel,
     T5Config,
+    T5EncoderModel,
     T5ForConditionalGeneration,
     WhisperConfig,
     WhisperForConditionalGeneration,
@@ -38,7 +42,7 @@ TOLERANCE = {"rtol": 0.0, "atol": 1e-9}
 PARTS = ("encoder", "decoder", "cross")
 SOME = [parts for count in (1, 2, 3) for parts in combinations(PARTS, count)]
 START = 3
-NAMES = ("t5", "bart", "marian", "whisper")
+NAMES = ("t5", "bart", "marian", "bert2bert", "whisper")
 
 _IDS = {"vocab_size": 61, "pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": START}
 _SIZES = {
@@ -60,6 +64,14 @@ def build(name):
     if name == "t5":  # d_kv is not d_model / num_heads
         sizes = {"d_model": 32, "d_kv": 6, "d_ff": 48, "num_layers": 3, "num_decoder_layers": 3, "num_heads": 4}
         model = T5ForConditionalGeneration(T5Config(**_IDS, **sizes, dropout_rate=0.0, initializer_factor=3.0))
+    elif name == "bert2bert":  # two models in one, of which the outer hands no keyword on to the decoder
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+        sizes |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.3}
+        halves = (
+            BertConfig(**sizes, vocab_size=61),
+            BertConfig(**sizes, vocab_size=61, is_decoder=True, add_cross_attention=True),
+        )
+        model = EncoderDecoderModel(EncoderDecoderConfig.from_encoder_decoder_configs(*halves, **_IDS))
     elif name == "whisper":
         sound = {"num_mel_bins": 5, "max_source_positions": 8, "max_target_positions": 64, "suppress_tokens": None}
         model = WhisperForConditionalGeneration(
@@ -72,7 +84,7 @@ def build(name):
     return model.double().eval().requires_grad_(False)
 
 
-@pytest.fixture(params=NAMES[:3])
+@pytest.fixture(params=NAMES[:4])
 def model(request):
     return build(request.param)
 
@@ -352,3 +364,25 @@ def test_prompt_tuning_builds_for_an_encoder(model):
     assert torch.equal(
         value.embeddings, model.get_encoder().get_input_embeddings()(torch.tensor([7, 50, 12, 33])).float()
     )
+
+
+def test_an_encoder_alone(texts, pad):
+    """T5's has a module of its own over the shared table of embeddings. Oracle: the plain model reading the words."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 61, "d_model": 32, "d_kv": 6, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    model = T5EncoderModel(T5Config(**sizes, initializer_factor=3.0)).double().eval().requires_grad_(False)
+    words = torch.tensor([7, 50, 12, 33])
+    batch, _ = pad([texts[0]], "right", [[0] * 4])
+    with prompts(model, VirtualTokens(model.get_input_embeddings()(words)), batch):
+        got = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)[0]
+    torch.testing.assert_close(got, model(input_ids=torch.cat([words, texts[0]])[None])[0], **TOLERANCE)
+
+
+def test_virtual_tokens_that_nothing_reads_are_refused(make_model, texts, pad):
+    """A model that stops calling its embedding would lose them without a word."""
+    model = make_model("llama")
+    batch, _ = pad([texts[0]], "right", [[0] * 2])
+    with prompts(model, VirtualTokens(torch.randn(2, 32)), batch):
+        model.model.embed_tokens = torch.nn.Embedding(61, 32, dtype=torch.float64)
+        with pytest.raises(UnsupportedModelError, match=r"LlamaModel, which did not call it"):
+            model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)

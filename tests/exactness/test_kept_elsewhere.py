@@ -52,6 +52,8 @@ def offloaded(how, model, tmp_path):
     return dispatch_model(model, places, main_device="cpu", offload_dir=str(tmp_path / "some"))
 
 
+# Of transformers 5.16, which looks at the place of the weights and not at where they run.
+@pytest.mark.filterwarnings("ignore:You are calling .generate:UserWarning")
 @pytest.mark.parametrize("how", ["cpu", "disk", "some on disk"])
 def test_offloaded_weights(how, make_model, texts, tmp_path):
     """Oracle: the model in memory, to the bit."""
