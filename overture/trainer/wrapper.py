@@ -11,6 +11,7 @@ from torch import nn
 from torch.autograd.graph import save_on_cpu
 from transformers import PreTrainedModel
 
+from overture.errors import UnsupportedModelError
 from overture.runtime.recompute import Checkpoint, checkpointing
 from overture.spec import execution_device, unwrapped
 
@@ -60,6 +61,14 @@ class Wrapper(PreTrainedModel):
     def dtype(self) -> torch.dtype:
         """The base model's dtype. The prompt is fp32 on any."""
         return unwrapped(self.base).dtype
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        """Called by `nn.DataParallel`, which Trainer takes where one process sees several GPUs."""
+        raise UnsupportedModelError(
+            expected="one process for every GPU",
+            got="nn.DataParallel, whose threads share one model",
+            do="start with `accelerate launch` or `torchrun`, or let CUDA_VISIBLE_DEVICES name one GPU",
+        )
 
     def get_input_embeddings(self) -> nn.Module:
         """The base model's input embedding."""

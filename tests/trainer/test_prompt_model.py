@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -313,6 +314,16 @@ def test_what_cannot_be_trained_is_refused(make_model, model):
         ov.PromptModel(make_model(), METHODS["raw"], train_adapters=True)
     with pytest.raises(UnsupportedModelError, match=r"a transformers model; got Linear"):
         ov.PromptModel(torch.nn.Linear(2, 2), METHODS["raw"])
+
+
+def test_threads_that_share_a_model_are_refused(model, monkeypatch):
+    """`nn.DataParallel` over two GPUs. Its first act is to copy the model; there need be no GPU for that."""
+    model = ov.PromptModel(model, METHODS["raw"])
+    module = sys.modules["torch.nn.parallel.replicate"]
+    monkeypatch.setattr(module, "_get_device_index", lambda device, _: device)
+    monkeypatch.setattr(module, "_broadcast_coalesced_reshape", lambda *_: [[], []])
+    with pytest.raises(UnsupportedModelError, match=r"one process for every GPU; got nn\.DataParallel"):
+        torch.nn.parallel.replicate(model, [0, 1])
 
 
 def test_a_copy_is_a_model_of_its_own(model, batch):
