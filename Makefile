@@ -12,7 +12,7 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-all check format bench clean distclean
+.PHONY: help install demo test test-all compat check format bench clean distclean
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -27,6 +27,12 @@ test: .venv/installed-dev ## Run the tests, without the slow ones.
 
 test-all: .venv/installed-dev ## Run all tests.
 	$(BIN)/python -m pytest -q
+
+compat: .venv/installed-dev ## Run the whole compatibility matrix and write docs/compatibility.md from it.
+	mkdir -p build
+	$(BIN)/python -m pytest -q tests/matrix/test_matrix.py --compat build/compat.json
+	$(BIN)/python -m tests.matrix.document build/compat.json --date "$$(date +%F)" > build/compatibility.md
+	mv build/compatibility.md docs/compatibility.md
 
 check: .venv/installed-dev ## Check format, lint, types and the direction of imports.
 	$(BIN)/ruff format --check .

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,9 +30,9 @@ from overture import dispatch
 from overture.prompt import BlockInputs, KVPrefix, VirtualTokens
 from overture.runtime.encode import Encoded
 from overture.spec import ModelSpec, attention_modules, backbone, block_modules
-from tests.matrix.families import FAMILIES, VOCAB, WINDOW, Family
+from tests.matrix.families import VOCAB, WINDOW, Family
 
-__all__ = ["Batch", "Bench", "Row", "bench"]
+__all__ = ["Batch", "Bench", "Row", "laid", "row_of"]
 
 Value = VirtualTokens | KVPrefix | BlockInputs | None
 
@@ -47,6 +47,10 @@ class Row:
     text: Tensor
     at: tuple[int, ...] = ()
     """For tokens inside the text: before which token each of them stands."""
+    source: Tensor | None = None
+    """What the encoder of an encoder-decoder reads; `text` is what its decoder does."""
+    parts: tuple[str, ...] | None = None
+    """The parts of an encoder-decoder that a prefix is for; None for all."""
 
     def longer(self, tokens: Tensor) -> Row:
         """The same row with more text behind it."""
@@ -55,24 +59,31 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Padded rows, and where each one's text stands."""
+    """Padded rows, and where each one's text stands in what the model says."""
 
     encoded: Encoded
     places: list[Tensor]
+    width: int
+    """Positions per row, before anything is generated."""
+    decoded: Tensor | None = None
+    """The decoder's ids, behind an encoder."""
+
+    @property
+    def asked(self) -> dict[str, Tensor]:
+        """What a caller passes to `generate`."""
+        return {"input_ids": self.encoded.input_ids, "attention_mask": self.encoded.attention_mask}
 
     @property
     def inputs(self) -> dict[str, Tensor]:
         """What a caller passes to the model."""
-        return {"input_ids": self.encoded.input_ids, "attention_mask": self.encoded.attention_mask}
-
-    @property
-    def width(self) -> int:
-        """Positions per row."""
-        return self.encoded.input_ids.shape[1]
+        return self.asked if self.decoded is None else self.asked | {"decoder_input_ids": self.decoded}
 
 
 class Bench:
     """One family's model, its rows, and what the plain model says to each."""
+
+    sides: tuple[str, ...] = ("right", "left")
+    """Where rows may be padded; on the last one to generate."""
 
     def __init__(self, family: Family, model: PreTrainedModel | None = None) -> None:
         self.family = family
@@ -83,29 +94,33 @@ class Bench:
 
     def rows(self, kind: str) -> list[Row]:
         """One row of a kind for every length of the matrix, and one without a prompt."""
-        return [_row(kind, length, text) for length, text in ((7, 9), (33, 4), (1, 6))] + [_row("none", 0, 7)]
+        return [row_of(kind, length, text) for length, text in ((7, 9), (33, 4), (1, 6))] + [row_of("none", 0, 7)]
 
     def _mixed(self) -> list[Row]:
         """All kinds and lengths, and nothing, side by side."""
-        rows = [_row("leading", 7, 9), _row("none", 0, 6), _row("inside", 7, 8), _row("leading", 33, 5)]
+        rows = [row_of("leading", 7, 9), row_of("none", 0, 6), row_of("inside", 7, 8), row_of("leading", 33, 5)]
         if self.family.no_prefix:
             return rows
         return [
             *rows,
-            _row("prefix", 33, 7),
-            _row("deep" if self.family.deep else "prefix", 7, 3),
-            _row("prefix", 1, 4),
+            row_of("prefix", 33, 7),
+            row_of("deep" if self.family.deep else "prefix", 7, 3),
+            row_of("prefix", 1, 4),
         ]
 
     @cached_property
     def single(self) -> Bench:
         """The same family in fp32."""
-        return Bench(self.family, self.family.build(torch.float32))
+        return type(self)(self.family, self.family.build(torch.float32))
 
     @cached_property
     def eager(self) -> Bench:
         """The same family with eager attention, in fp32."""
-        return Bench(self.family, self.family.build(torch.float32, "eager"))
+        return type(self)(self.family, self.family.build(torch.float32, "eager"))
+
+    def opening(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """The rows as `generate` starts from them."""
+        return rows
 
     # How a row is laid out
 
@@ -121,18 +136,18 @@ class Bench:
 
     def batch(self, rows: Sequence[Row], side: str) -> Batch:
         """Rows padded on one side, as `overture.encode` does it."""
-        laid = [_laid(row.text, self.before(row)) for row in rows]
-        width = max(len(ids) for ids, _ in laid)
-        filler = self.model.config.pad_token_id or 0
+        placed = [laid(row.text, self.before(row)) for row in rows]
+        width = max(len(ids) for ids, _ in placed)
+        filler = self.model.config.get_text_config().pad_token_id or 0
         ids, slots = torch.full((len(rows), width), filler), torch.full((len(rows), width), -1)
         mask, places = torch.zeros_like(ids), []
-        for number, (row, slot) in enumerate(laid):
+        for number, (row, slot) in enumerate(placed):
             start = width - len(row) if side == "left" else 0
             window = slice(start, start + len(row))
             ids[number, window] = torch.where(slot >= 0, filler, row)
             slots[number, window], mask[number, window] = slot, 1
             places.append(start + torch.nonzero(slot < 0)[:, 0])
-        return Batch(Encoded(ids, mask, slots if (slots >= 0).any() else None), places)
+        return Batch(Encoded(ids, mask, slots if (slots >= 0).any() else None), places, width)
 
     # Prompts made of words
 
@@ -149,25 +164,24 @@ class Bench:
         if row.kind in ("leading", "inside"):
             return VirtualTokens(embedded)
         with torch.set_grad_enabled(embeddings is not None):
-            return self._prefix(embedded) if row.kind == "prefix" else self._block_inputs(embedded)
+            return self._prefix(row, embedded) if row.kind == "prefix" else self._block_inputs(row, embedded)
 
     def values(self, rows: Sequence[Row], dtype: torch.dtype | None = None) -> list[Value]:
         """Every row's prompt, on request in another precision than the model's."""
         values = [self.value(row) for row in rows]
         return values if dtype is None else [_cast(value, dtype) for value in values]
 
-    def _alone(self, embedded: Tensor, **options: Any) -> None:
+    def _alone(self, row: Row, embedded: Tensor, **options: Any) -> None:
         """The words and nothing else through the plain model."""
         with self._written(embedded, torch.arange(len(embedded))):
-            ids = torch.zeros(1, len(embedded), dtype=torch.long)
-            backbone(self.model)(input_ids=ids, use_cache=False, **options)
+            backbone(self.model)(input_ids=_ids(row)[None], use_cache=False, **options)
 
-    def _prefix(self, embedded: Tensor) -> KVPrefix:
+    def _prefix(self, row: Row, embedded: Tensor) -> KVPrefix:
         recorder = _Recorder()
-        self._alone(embedded, **{dispatch.KEYWORD: recorder})
+        self._alone(row, embedded, **{dispatch.KEYWORD: recorder})
         return KVPrefix(tuple(recorder.keys), tuple(recorder.values))
 
-    def _block_inputs(self, embedded: Tensor) -> BlockInputs:
+    def _block_inputs(self, row: Row, embedded: Tensor) -> BlockInputs:
         seen: list[Tensor] = []
 
         def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -176,7 +190,7 @@ class Bench:
         with ExitStack() as stack:
             for block in dict.fromkeys(block_modules(self.model, self.spec.layers)):
                 stack.callback(block.register_forward_pre_hook(note, with_kwargs=True).remove)
-            self._alone(embedded)
+            self._alone(row, embedded)
         return BlockInputs(torch.cat(seen))
 
     # The plain model
@@ -187,10 +201,15 @@ class Bench:
         if self.family.hybrid and row.kind in ("prefix", "deep"):
             return self._cached(row, embedded)
         ahead = len(row.words) if self.runs_ahead(row) else 0
-        ids, slots = _laid(row.text, (0,) * ahead or self.before(row))
+        ids, slots = self._input(row, ahead)
         with self._written(embedded, slots), torch.set_grad_enabled(embeddings is not None):
             logits = self.model(input_ids=ids[None], use_cache=False, **self._seen(ahead, len(ids))).logits[0]
         return logits[slots < 0]
+
+    def _input(self, row: Row, ahead: int) -> tuple[Tensor, Tensor]:
+        """Ids of words and text, and for each position -1 or the number of the word whose embedding goes there."""
+        ids, slots = laid(row.text, (0,) * ahead or self.before(row))
+        return torch.where(slots >= 0, _ids(row)[slots.clamp(min=0)], ids) if len(row.words) else ids, slots
 
     def said(self, row: Row) -> Tensor:
         """`plain`, computed once per row."""
@@ -210,7 +229,7 @@ class Bench:
         return self._said[key][1]
 
     def _cached(self, row: Row, embedded: Tensor) -> Tensor:
-        prefix, past = self._prefix(embedded), DynamicCache(config=self.model.config)
+        prefix, past = self._prefix(row, embedded), DynamicCache(config=self.model.config)
         indices = [m.layer_idx for m in attention_modules(self.model, self.spec.layers)]
         for index, key, value in zip(indices, prefix.keys, prefix.values, strict=True):
             past.update(key[None], value[None], index)
@@ -222,7 +241,7 @@ class Bench:
     def reading(self, row: Row) -> Iterator[dict[str, Tensor]]:
         """The plain model prepared to generate from what it is given here, without a cache, the row's words in it."""
         ahead = len(row.words) if self.runs_ahead(row) else 0
-        ids, slots = _laid(row.text, (0,) * ahead or self.before(row))
+        ids, slots = self._input(row, ahead)
 
         def mask(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             length = (args[0] if args else kwargs["input_ids"]).shape[1]
@@ -272,6 +291,11 @@ class Bench:
         return torch.zeros(seen.shape, dtype=self.model.dtype).masked_fill(~seen, lowest)
 
 
+def _ids(row: Row) -> Tensor:
+    """What models that read ids beside embeddings (Gemma 3n and 4) find at a word: virtual tokens have no ids."""
+    return row.words if row.kind in ("prefix", "deep") else torch.zeros_like(row.words)
+
+
 class _Recorder:
     """An attention handler that notes the keys and values of one row."""
 
@@ -293,14 +317,14 @@ def _cast(value: Value, dtype: torch.dtype) -> Value:
     return BlockInputs(value.hidden.to(dtype)) if isinstance(value, BlockInputs) else value.map(lambda t: t.to(dtype))
 
 
-def _row(kind: str, length: int, text: int) -> Row:
+def row_of(kind: str, length: int, text: int) -> Row:
     generator = torch.Generator().manual_seed(1000 * length + text)
     words = torch.randint(3, VOCAB, (length,), generator=generator)
     at = sorted(torch.randint(0, text, (length,), generator=generator).tolist()) if kind == "inside" else ()
     return Row(kind, words, torch.randint(3, VOCAB, (text,), generator=generator), tuple(at))
 
 
-def _laid(text: Tensor, before: Sequence[int]) -> tuple[Tensor, Tensor]:
+def laid(text: Tensor, before: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Ids with a zero before token `before[i]` for word i, and -1 or the word's number for every position."""
     ids, slots = [], []
     for position in range(len(text) + 1):
@@ -311,9 +335,3 @@ def _laid(text: Tensor, before: Sequence[int]) -> tuple[Tensor, Tensor]:
             ids.append(int(text[position]))
             slots.append(-1)
     return torch.tensor(ids), torch.tensor(slots)
-
-
-@cache
-def bench(name: str) -> Bench:
-    """The bench of a family, built once per session."""
-    return Bench(next(family for family in FAMILIES if family.name == name))

@@ -66,6 +66,8 @@ _RANGE: dict[str, Any] = {"initializer_range": 0.3, "max_position_embeddings": P
 _COMMON = _TOKENS | _SIZES | _RANGE
 _GROUPED = _COMMON | {"num_key_value_heads": 2}
 _ENCODER = {k: v for k, v in _COMMON.items() if k not in ("bos_token_id", "eos_token_id")}
+_EYE: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+_EYE |= {"image_size": 8, "patch_size": 4}
 _ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW}
 
 
@@ -228,6 +230,34 @@ FAMILIES: tuple[Family, ...] = (
         _of("Lfm2ForCausalLM", "Lfm2Config", **_GROUPED, layer_types=["conv", "full_attention"]),
         hybrid=True,
     ),
+    Family(
+        "LLaVA (text side)",
+        "decoder",
+        lambda: tf.LlavaForConditionalGeneration(
+            tf.LlavaConfig(
+                text_config=tf.LlamaConfig(**_GROUPED | {"vocab_size": VOCAB + 1}),
+                vision_config=tf.CLIPVisionConfig(**_EYE),
+                image_token_id=VOCAB,
+            )
+        ),
+    ),
+    Family(
+        "Qwen2.5-VL (text side)",
+        "decoder",
+        lambda: tf.Qwen2_5_VLForConditionalGeneration(
+            tf.Qwen2_5_VLConfig(
+                text_config=_GROUPED
+                | {"vocab_size": VOCAB + 4}
+                | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}},
+                vision_config={"depth": 1, "hidden_size": 16, "out_hidden_size": 32, "num_heads": 2}
+                | {"intermediate_size": 24, "fullatt_block_indexes": [0]},
+                image_token_id=VOCAB,
+                video_token_id=VOCAB + 1,
+                vision_start_token_id=VOCAB + 2,
+                vision_end_token_id=VOCAB + 3,
+            )
+        ),
+    ),
     Family("BERT", "encoder", _of("BertForMaskedLM", "BertConfig", **_ENCODER)),
     Family("RoBERTa", "encoder", _of("RobertaForMaskedLM", "RobertaConfig", **_ENCODER | {"pad_token_id": 1})),
     Family("ELECTRA", "encoder", _of("ElectraForMaskedLM", "ElectraConfig", **_ENCODER, embedding_size=16)),
@@ -274,7 +304,8 @@ FAMILIES: tuple[Family, ...] = (
             num_layers=2,
             num_decoder_layers=2,
             num_heads=4,
-            initializer_factor=3.0,
+            initializer_factor=1.0,
+            dropout_rate=0.0,
             decoder_start_token_id=0,
         ),
     ),
@@ -295,6 +326,7 @@ FAMILIES: tuple[Family, ...] = (
             max_position_embeddings=POSITIONS,
             init_std=0.3,
             decoder_start_token_id=1,
+            dropout=0.0,
             forced_eos_token_id=None,
         ),
     ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.matrix.families import Family
-from tests.matrix.features import Feature
+from tests.matrix.feature import Feature
 
 __all__ = ["MODEL_LIMITS", "refusal"]
 
@@ -12,15 +12,18 @@ def refusal(family: Family, feature: Feature) -> str | None:
     """Why Overture refuses a cell, or None."""
     if family.no_prefix and feature.rows in ("prefix", "deep"):
         return "attention does not run through transformers' attention interface"
+    if family.kind == "encoder-decoder" and feature.rows == "deep":
+        return "the keys of cross-attention are of no block's input"
     if not family.deep and feature.rows == "deep":
         return "a block's input is not one vector per position"
-    if feature.name == 'attention="merge"':
-        return _UNMERGED.get(family.name)
+    if feature.name == 'attention="merge"' and family.name in _UNMERGED:
+        return f"{_UNMERGED[family.name]}; with attention='auto' prefix and text are concatenated"
     return None
 
 
 _UNMERGED = {
     "Gemma 2": "its attention caps scores, which no fused kernel with a log-sum-exp does",
+    "T5": "its attention adds a bias of positions, which no fused kernel with a log-sum-exp does",
     "DeepSeek-V3": "its keys and values have different sizes, which no fused kernel takes",
 }
 
@@ -44,7 +47,10 @@ MODEL_LIMITS: dict[tuple[str, str], str] = (
         _STATE,
     )
     | dict.fromkeys(
-        ((family, "Packed sequences") for family in ("OPT", "Qwen3-Next", "LFM2", "BLOOM", "Falcon", "MPT", "Mamba")),
+        (
+            (family, "Packed sequences")
+            for family in ("OPT", "Qwen3-Next", "LFM2", "Qwen2.5-VL (text side)", "BLOOM", "Falcon", "MPT", "Mamba")
+        ),
         _PACKED,
     )
     | dict.fromkeys(
@@ -59,6 +65,8 @@ MODEL_LIMITS: dict[tuple[str, str], str] = (
         (("MPT", feature) for feature in ("Chunked prefill", "Assisted decoding", "Prompt lookup")),
         _NO_CACHE,
     )
+    | {("BART", "Mixed rows, left padding"): "its encoder counts positions from the padding"}
+    | {("Qwen2.5-VL (text side)", "Assisted decoding"): "it hands its own embeddings to the assistant"}
     | {("GPT-Neo", "Static cache"): "its windows count the cache's empty places"}
     | dict.fromkeys(
         ((family, "8-bit base (torchao)") for family in ("Falcon", "Mamba")),

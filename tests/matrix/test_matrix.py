@@ -7,6 +7,7 @@ from a run of all of it by `make compat`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 import pytest
 import torch
@@ -15,15 +16,24 @@ from torch import Generator
 from overture.errors import UnsupportedModelError
 from overture.methods import DeepPrompt
 from overture.runtime.compile import Frozen
-from tests.matrix.bench import Bench, Row, bench
+from tests.matrix.bench import Bench, Row
 from tests.matrix.families import FAMILIES, Family
-from tests.matrix.features import FEATURES, Feature, Measure, Words
+from tests.matrix.feature import Feature, Measure
+from tests.matrix.features import FEATURES
+from tests.matrix.forward import Words
 from tests.matrix.limits import MODEL_LIMITS, refusal
+from tests.matrix.seq2seq import EncoderDecoderBench
 
-THOROUGH = ("Llama", "Gemma 3", "BERT")
+THOROUGH = ("Llama", "Gemma 3", "BERT", "T5")
 """Families on which `make test` runs every feature."""
 BROAD = ("Mixed rows, left padding", "Greedy")
 """Features that `make test` runs on every family."""
+
+
+@cache
+def bench(family: Family) -> Bench:
+    """The bench of a family, built once per session."""
+    return (EncoderDecoderBench if family.kind == "encoder-decoder" else Bench)(family)
 
 
 def cells() -> Iterator[object]:
@@ -35,10 +45,10 @@ def cells() -> Iterator[object]:
                 yield pytest.param(family, feature, marks=marks, id=f"{family.slug}-{feature.slug}")
 
 
-@pytest.mark.filterwarnings("ignore:.*:UserWarning:optimum")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # DeBERTa-v2, before 5.23
 @pytest.mark.parametrize(("family", "feature"), list(cells()))
 def test_cell(family: Family, feature: Feature, record) -> None:
-    stand = bench(family.name)
+    stand = bench(family)
     measure = Measure(2e-4 if family.single else 1e-9)
     rows = stand.mixed if feature.rows == "mixed" else stand.rows(feature.rows)
     if refusal(family, feature):
