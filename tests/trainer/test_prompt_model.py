@@ -321,7 +321,7 @@ def test_threads_that_share_a_model_are_refused(model, monkeypatch):
     model = ov.PromptModel(model, METHODS["raw"])
     module = sys.modules["torch.nn.parallel.replicate"]
     monkeypatch.setattr(module, "_get_device_index", lambda device, _: device)
-    monkeypatch.setattr(module, "_broadcast_coalesced_reshape", lambda *_: [[], []])
+    monkeypatch.setattr(module, "_broadcast_coalesced_reshape", lambda *_, **__: [[], []])
     with pytest.raises(UnsupportedModelError, match=r"one process for every GPU; got nn\.DataParallel"):
         torch.nn.parallel.replicate(model, [0, 1])
 
