@@ -13,7 +13,7 @@ from overture.errors import ConfigError
 from overture.methods import METHODS, Method
 from overture.tuning.config import TuneConfig
 
-__all__ = ["method_and_config", "parse_value"]
+__all__ = ["method_and_config", "parse_value", "verbalizer"]
 
 
 def method_and_config(
@@ -86,6 +86,27 @@ def parse_value(key: str, text: str, hint: Any) -> Any:
         return _init(text)
     names = " or ".join("none" if kind is NoneType else kind.__name__ for kind in kinds)
     raise ConfigError(expected=f"{key} as {names}", got=repr(text), do="write for example " + _example(key, kinds))
+
+
+def verbalizer(text: str | None) -> Any:
+    """The words of each label, from a JSON object.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if text is None:
+        return None
+    try:
+        words = json.loads(text)
+    except ValueError:
+        words = None
+    if not isinstance(words, dict):
+        raise ConfigError(
+            expected="a JSON object after --verbalizer",
+            got=repr(text),
+            do='write it such as \'{"positive": "great", "negative": ["bad", "awful"]}\'',
+        )
+    return words
 
 
 def _init(value: Any) -> Any:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from overture.cli._options import Data, Json, Model, Prompts, Quiet, check_data
 from overture.cli._ui import Ui
+
+if TYPE_CHECKING:
+    from overture.cli._session import Session
 
 __all__ = ["evaluate"]
 
@@ -34,8 +37,14 @@ def evaluate(
     named = [name for name in prompt or () if name != FROZEN]
     session = load_session(ui, model, [FROZEN, *named] if frozen or not named else named)
     rows: list[dict[str, Any]] = []
-    # The frozen model reads the same rows, so it needs to know how a prompt reads them.
-    template = next((p.template for p in session.prompts.values() if p is not None), None)
+    # The frozen model reads the same rows, so it needs to know how a prompt reads them, and in which words it answers.
+    first = next((p for p in session.prompts.values() if p is not None), None)
+    template = None if first is None else first.template
+    words = None if first is None or first.head is None else first.head.words
+    named_words = dict(zip(first.head.labels, words, strict=True)) if first and first.head and words else None
+    if FROZEN in session.prompts and not _has_labels(session):
+        ui.note("The frozen model has no head for these labels, so it is left out.")
+        del session.prompts[FROZEN]
     for name in ui.track(list(session.prompts), f"Evaluating on {data.name}"):
         chosen = session.prompts[name]
         result = evaluation.evaluate(
@@ -44,6 +53,7 @@ def evaluate(
             chosen,
             data,
             template=template if chosen is None else None,
+            verbalizer=named_words if chosen is None else None,
             exact_match=exact_match,
         )
         rows.append(
@@ -57,6 +67,14 @@ def evaluate(
             }
         )
     ui.result({"model": model, "data": str(data), "results": rows}, _table(ui, rows))
+
+
+def _has_labels(session: Session) -> bool:
+    """Whether the model's own head answers with the labels of the prompts."""
+    from overture.runtime.heads import own_labels
+
+    heads = [prompt.head for prompt in session.prompts.values() if prompt is not None and prompt.head is not None]
+    return all(head.words is not None or head.labels == own_labels(session.model) for head in heads)
 
 
 def _table(ui: Ui, rows: list[dict[str, Any]]) -> Any:

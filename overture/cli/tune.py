@@ -26,6 +26,13 @@ def tune(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="Prompt file to write.")] = Path(
         "prompt.safetensors"
     ),
+    task: Annotated[
+        str | None,
+        typer.Option(
+            show_default="as the model was saved",
+            help="causal-lm, seq2seq, masked-lm, sequence-classification, token-classification or question-answering.",
+        ),
+    ] = None,
     dev: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Held-out rows; else a part of DATA is held out.")
     ] = None,
@@ -37,6 +44,12 @@ def tune(
         str | None, typer.Option(help="P-Tuning: where the tokens stand, such as '[V3] {premise} [V3] {hypothesis}'.")
     ] = None,
     encoder: Annotated[str | None, typer.Option(show_default="lstm", help="P-Tuning: lstm, mlp or none.")] = None,
+    verbalizer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="JSON", help='P-Tuning on a masked LM: the words of each label, such as \'{"good": "great"}\'.'
+        ),
+    ] = None,
     steps: Annotated[int | None, typer.Option(show_default="200", help="Optimizer steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(show_default="8", help="Rows per step.")] = None,
     lr: Annotated[float | None, typer.Option(show_default="by method", help="Peak learning rate.")] = None,
@@ -63,7 +76,8 @@ def tune(
 ) -> None:
     """Tune a soft prompt on rows of data and write it to a file.
 
-    Rows have the columns prompt and completion, or messages, or text, or text and label.
+    Rows have the columns prompt and completion, or messages, or text, or text and label; for token classification
+    tokens and tags; for question answering question, context and answers.
     """
     ui = Ui(as_json, quiet)
     check_output(out, ".safetensors")
@@ -78,11 +92,12 @@ def tune(
         from overture.tuning import api
 
     of_method = {"num_virtual_tokens": tokens, "init": init, "template": template, "encoder": encoder}
+    of_method["verbalizer"] = _settings.verbalizer(verbalizer)
     of_run = {"steps": steps, "batch_size": batch_size, "learning_rate": lr, "optimizer": optimizer}
     of_run |= {"schedule": schedule, "seed": seed, "patience": patience, "precision": precision}
     of_run |= {"max_length": max_length, "truncate": truncate}
     chosen, config = _settings.method_and_config(method, of_method, of_run, option or ())
-    session = load_session(ui, model)
+    session = load_session(ui, model, task=task)
     name = out.stem
     with TuningView(ui, {name: method}) as view:
         result = api.tune(
@@ -110,7 +125,7 @@ def tune(
             versions=versions(),
         )
         write(page, report)
-    ui.result(_document(result, out, report), *_panel(result, out, report, _next(result, out, model, first)))
+    ui.result(_document(result, out, report), *_panel(result, out, report, _next(result, out, model, first, data)))
 
 
 def _document(result: TuneResult, out: Path, report: Path | None) -> dict[str, Any]:
@@ -130,8 +145,10 @@ def _document(result: TuneResult, out: Path, report: Path | None) -> dict[str, A
     }
 
 
-def _next(result: TuneResult, out: Path, model: str, first: Mapping[str, Any]) -> str:
+def _next(result: TuneResult, out: Path, model: str, first: Mapping[str, Any], data: Path) -> str:
     """A command to try on the new prompt, which speaks to it as the data did."""
+    if result.unit != "token":
+        return shlex.join([program(), "eval", str(data), "--model", model, "--prompt", str(out), "--no-frozen"])
     prompt, template = result.prompt, result.prompt.template
     words = [program(), "generate", "--model", model, "--prompt", str(out)]
     if template is not None and len(template.columns) > 1:
@@ -152,7 +169,7 @@ def _panel(result: TuneResult, out: Path, report: Path | None, command: str) -> 
     steps, early = result.prompt.metrics.get("steps"), result.stop_reason == "early stop"
     better = result.loss < result.frozen_loss
     rows = {
-        "loss before": Text(f"{result.frozen_loss:.4f} nats per token, frozen model on {measured}"),
+        "loss before": Text(f"{result.frozen_loss:.4f} nats per {result.unit}, frozen model on {measured}"),
         "loss after": Text(f"{result.loss:.4f}", style="bold green" if better else "bold red"),
         "parameters": Text(f"{result.trained_parameters:,} trained, {result.stored_parameters:,} stored"),
         "share of base": Text(f"{share:.3g} % of {result.base_parameters:,}"),

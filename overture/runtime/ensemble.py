@@ -79,7 +79,7 @@ def ensemble(
         As `generate`.
     """
     model = unwrapped(model)
-    require_generation(model)
+    require_generation(model, ("causal-lm",))
     _check(prompts, choices, how, batch_size, options)
     each = len(prompts) * len(choices or [""])
     step = max(batch_size // each, 1)

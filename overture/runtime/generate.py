@@ -17,7 +17,7 @@ from overture.runtime.encode import Encoded, Item, encode
 from overture.runtime.host import stands_in_text
 from overture.runtime.prompts import prompts as using_prompts
 from overture.runtime.tokens import filler_id
-from overture.spec import ModelSpec, execution_device, unwrapped
+from overture.spec import ModelSpec, execution_device, task_of, unwrapped
 
 __all__ = ["foreign_id", "generate", "generate_ids", "require_generation", "room"]
 
@@ -53,7 +53,7 @@ def generate(
         ConfigError: not one prompt per input.
         DataError: an input cannot be encoded, or has a token that the model lacks.
         ContextLengthError: virtual tokens and an input fill the model's context.
-        UnsupportedModelError: the model cannot generate, or is an encoder-decoder.
+        UnsupportedModelError: the model cannot generate.
         BaseMismatchError: a prompt belongs to another base model.
     """
     model = unwrapped(model)
@@ -67,7 +67,7 @@ def generate(
         )
     if not inputs:
         return []
-    batch = encode(tokenizer, inputs, rows, spec=ModelSpec.of(model))
+    batch = encode(tokenizer, inputs, rows, spec=ModelSpec.of(model), complete=model.config.is_encoder_decoder)
     new = generate_ids(model, rows, batch, filler=filler_id(tokenizer), streamer=streamer, **options)
     return tokenizer.batch_decode(new, skip_special_tokens=True)
 
@@ -84,9 +84,9 @@ def generate_ids(
     """New token ids of each row of an encoded batch.
 
     Args:
-        model: a causal language model.
+        model: a causal language model, or an encoder-decoder.
         rows: one prompt or None per row.
-        batch: left-padded inputs.
+        batch: inputs; those of a causal language model left-padded.
         filler: token id that fills up rows which end early.
         **options: anything `model.generate` takes.
 
@@ -95,12 +95,16 @@ def generate_ids(
     """
     batch = batch.to(execution_device(model))
     options = {name: value for name, value in options.items() if value is not None}
-    options |= _lengths(options, room(ModelSpec.of(model), rows, batch), batch.input_ids.shape[1])
+    read = 0 if model.config.is_encoder_decoder else batch.input_ids.shape[1]
+    left = room(ModelSpec.of(model), rows, batch)
+    # What an encoder reads takes no place of what the decoder writes.
+    options |= _lengths(options, left if read else None, read)
     options = {"pad_token_id": filler} | options
     with using_prompts(model, rows, batch):
         out = cast(Any, model).generate(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **options)
     ids: Tensor = out if isinstance(out, Tensor) else out.sequences
-    return ids[:, batch.input_ids.shape[1] :]
+    # A decoder of its own begins with a token that is no answer.
+    return ids[:, read or 1 :]
 
 
 def foreign_id(found: int, vocab_size: int) -> DataError:
@@ -112,12 +116,12 @@ def foreign_id(found: int, vocab_size: int) -> DataError:
     )
 
 
-def require_generation(model: PreTrainedModel) -> None:
-    """Raise `UnsupportedModelError` unless the model is a causal language model."""
-    if model.config.is_encoder_decoder or not model.can_generate():
+def require_generation(model: PreTrainedModel, tasks: Sequence[str] = ("causal-lm", "seq2seq")) -> None:
+    """Raise `UnsupportedModelError` unless the model writes text, and is for one of `tasks`."""
+    if task_of(model) not in tasks or not model.can_generate():
         raise UnsupportedModelError(
-            expected="a causal language model that can generate",
-            got=f"{type(model).__name__}{', an encoder-decoder' if model.config.is_encoder_decoder else ''}",
+            expected=f"a model that can generate, for {' or '.join(tasks)}",
+            got=type(model).__name__,
             do="load the model with AutoModelForCausalLM.from_pretrained(...)",
         )
 

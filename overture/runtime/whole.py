@@ -23,8 +23,8 @@ def encode_whole(tokenizer: PreTrainedTokenizerBase, item: Item, template: Templ
 
     Args:
         tokenizer: the base model's tokenizer.
-        item: a text, or a mapping with `text` and perhaps `text_pair`. With a template: a mapping with its columns, or
-            a text if it has exactly one. The column `mask` is the tokenizer's mask token.
+        item: a text, or a mapping with `text` and perhaps `text_pair`, or with `prompt`. With a template: a mapping
+            with its columns, or a text if it has exactly one. The column `mask` is the tokenizer's mask token.
         template: where the virtual tokens stand; None (or a template of virtual tokens alone) means in front.
 
     Raises:
@@ -57,6 +57,8 @@ def has_types(tokenizer: PreTrainedTokenizerBase) -> bool:
 def _texts(item: Item) -> tuple[str, str | None]:
     """The text or the two texts of an item without a template."""
     row = {"text": item} if isinstance(item, str) else item
+    if isinstance(row, Mapping) and "text" not in row and isinstance(row.get("prompt"), str):
+        return row["prompt"], None
     if not isinstance(row, Mapping) or "text" not in row:
         raise DataError(
             expected="a text, or an object with the column text (and perhaps text_pair)",

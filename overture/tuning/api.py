@@ -283,6 +283,7 @@ def _result(model: PreTrainedModel, trainee: Trainee, cohort: Cohort) -> TuneRes
         trained_parameters=sum(p.numel() for p in trainee.parameters().values()),
         stored_parameters=prompt.num_parameters,
         base_parameters=spec.num_parameters,
+        unit=cohort.task.unit,
         frozen_loss=trainee.frozen_loss,
         loss=loss,
         train_curve=tuple(trainee.train_curve),

@@ -27,8 +27,10 @@ class TuneResult:
     """Numbers in the saved prompt."""
     base_parameters: int
     """Parameters of the frozen model."""
+    unit: str
+    """What a loss is per: a target token, a word, or a row."""
     frozen_loss: float
-    """Loss of the frozen model per target token, nats, on the dev split (on the training rows without one)."""
+    """Loss of the frozen model per target, nats, on the dev split (on the training rows without one)."""
     loss: float
     """The same of the tuned prompt."""
     train_curve: tuple[tuple[int, float], ...]

@@ -14,7 +14,7 @@ from transformers import (
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
     T5Config,
-    T5ForConditionalGeneration,
+    T5EncoderModel,
 )
 
 from overture.errors import ContextLengthError, DataError, UnsupportedModelError
@@ -91,10 +91,12 @@ def test_a_dict_of_results_and_no_inputs(model, tokenizer):
 
 
 def test_models_that_cannot_generate(tokenizer):
-    t5 = T5ForConditionalGeneration(T5Config(vocab_size=30, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
-    with pytest.raises(UnsupportedModelError, match="T5ForConditionalGeneration, an encoder-decoder"):
+    t5 = T5EncoderModel(T5Config(vocab_size=30, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
+    with pytest.raises(UnsupportedModelError, match="can generate, for causal-lm or seq2seq; got T5EncoderModel"):
         generate(t5, tokenizer, None, ["w1"])
-    with pytest.raises(UnsupportedModelError, match="can generate; got LlamaForSequenceClassification"):
+    with pytest.raises(
+        UnsupportedModelError, match="can generate, for causal-lm or seq2seq; got LlamaForSequenceClassification"
+    ):
         generate(LlamaForSequenceClassification(_config()), tokenizer, None, ["w1"])
 
 

@@ -10,6 +10,7 @@ from overture.tuning.tasks.base import Builder, Form, PredictingTask, Task
 from overture.tuning.tasks.causal import CausalLM
 from overture.tuning.tasks.cloze import MaskedLM
 from overture.tuning.tasks.questions import QuestionAnswering
+from overture.tuning.tasks.seq2seq import Seq2Seq
 from overture.tuning.tasks.sequence import SequenceClassification
 from overture.tuning.tasks.tokens import TokenClassification
 
@@ -17,7 +18,14 @@ __all__ = ["TASKS", "Builder", "Form", "PredictingTask", "Task", "task_for"]
 
 TASKS: dict[str, Task] = {
     task.name: task
-    for task in (CausalLM(), MaskedLM(), SequenceClassification(), TokenClassification(), QuestionAnswering())
+    for task in (
+        CausalLM(),
+        Seq2Seq(),
+        MaskedLM(),
+        SequenceClassification(),
+        TokenClassification(),
+        QuestionAnswering(),
+    )
 }
 """The tasks by their names."""
 
