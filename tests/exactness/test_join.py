@@ -17,9 +17,11 @@ from overture import dispatch
 from overture.errors import ContextLengthError, UnsupportedModelError
 from overture.prompt import BlockInputs, KVPrefix, SoftPrompt, VirtualTokens
 from overture.runtime.compose import join
+from overture.runtime.host import Host
 from overture.runtime.prompts import prompts
 from overture.runtime.recompute import checkpointed_blocks, checkpointing
 from overture.spec import ModelSpec, backbone, block_modules
+from tests.matrix.families import FAMILIES
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-9}
 FIRST = torch.tensor([7, 50, 12, 33, 5])
@@ -198,24 +200,52 @@ def test_keys_are_turned_as_the_model_turns_them(name, dtype):
     """
     torch.manual_seed(0)
     model = _family(name).to(dtype).eval()
-    ModelSpec.of(model)
-    ids = torch.randint(3, 61, (70, 1))
-    keys = {}
-    for offset in (0, 150):
-        record = _Keys()
-        positions = torch.arange(offset, offset + 70)[:, None]
-        with torch.no_grad():
-            backbone(model)(input_ids=ids, position_ids=positions, use_cache=False, **{dispatch.KEYWORD: record})
-        keys[offset] = record.layers
+    before, wanted, got = _lone_keys(model, 150)
+    assert any(not torch.allclose(a, b, rtol=0.1) for a, b in zip(before, wanted, strict=True))
+    for key, expected in zip(got, wanted, strict=True):
+        assert _off(key, expected) < 2 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if not f.no_prefix], ids=lambda f: f.slug)
+def test_keys_of_every_family_of_the_matrix(family):
+    """Oracle: as above; where positions are learned or there are none, the keys as they were."""
+    model = family.build()
     spec = ModelSpec.of(model)
-    values = [torch.zeros(layer.kv_heads, 70, layer.value_dim, dtype=dtype) for layer in spec.layers]
-    first = [torch.zeros(layer.kv_heads, 150, layer.key_dim, dtype=dtype) for layer in spec.layers]
-    nothing = [torch.zeros(layer.kv_heads, 150, layer.value_dim, dtype=dtype) for layer in spec.layers]
-    joined = join(model, KVPrefix(tuple(first), tuple(nothing)), KVPrefix(tuple(keys[0]), tuple(values)))
-    assert any(not torch.allclose(a, b, rtol=0.1) for a, b in zip(keys[0], keys[150], strict=True))
-    for got, wanted in zip(joined.keys, keys[150], strict=True):
-        error = (got[:, 150:].double() - wanted.double()).norm() / wanted.double().norm()
-        assert error < 2 * torch.finfo(dtype).eps
+    before, wanted, got = _lone_keys(model, 70)
+    kept = spec.learned_positions or spec.first_position is None
+    for key, expected in zip(got, before if kept else wanted, strict=True):
+        assert _off(key, expected) < 2 * torch.finfo(key.dtype).eps
+
+
+def _lone_keys(model, offset):
+    """Keys of tokens that stand alone: at positions from 0, from `offset`, and the first ones joined to be there."""
+    spec = ModelSpec.of(model)
+    ids = torch.randint(3, 61, (20, 1))
+    found = []
+    for start in (0, offset):
+        record = _Keys()
+        at = {} if spec.first_position is None else {"position_ids": torch.arange(start, start + 20)[:, None]}
+        with torch.no_grad():
+            if spec.parts == ("self",):
+                at = {name: positions + spec.first_position for name, positions in at.items()}
+                Host.of(model).stacks[0](input_ids=ids, use_cache=False, **at, **{dispatch.KEYWORD: record})
+            else:
+                backbone(model)(input_ids=ids, decoder_input_ids=ids, use_cache=False, **{dispatch.KEYWORD: record})
+        found.append(record.layers)
+
+    def zeros(length, size):
+        return tuple(
+            torch.zeros(layer.kv_heads, length, getattr(layer, size), dtype=found[0][0].dtype) for layer in spec.layers
+        )
+
+    first = KVPrefix(zeros(offset, "key_dim"), zeros(offset, "value_dim"))
+    joined = join(model, first, KVPrefix(tuple(found[0]), zeros(20, "value_dim")))
+    return *found, [key[:, offset:] for key in joined.keys]
+
+
+def _off(got, wanted):
+    """The deviation as a share of the whole."""
+    return float((got.double() - wanted.double()).norm() / wanted.double().norm())
 
 
 def test_keys_that_are_not_turned_planes_are_refused():
