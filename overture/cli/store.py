@@ -346,7 +346,9 @@ def _removal(removed: Removed) -> str:
         return f"Nothing was stored of {removed.tenant}"
     parts = [_count(removed.versions, "version"), _count(removed.states, "optimizer state")]
     names = f" ({', '.join(removed.prompts)})" if removed.prompts else ""
-    return f"Removed {' and '.join(parts)}{names}: {_count(removed.files, 'file')}, {_count(removed.bytes, 'byte')}"
+    traces = "" if removed.scrubbed else ". The database's own files keep traces until it is vacuumed"
+    sizes = f"{_count(removed.files, 'file')}, {_count(removed.bytes, 'byte')}"
+    return f"Removed {' and '.join(parts)}{names}: {sizes}{traces}"
 
 
 def _grid(fields: dict[str, Any]) -> Table:

@@ -186,9 +186,8 @@ class Archive:
             index.count_removal(c)
         sizes = self.blobs.files(owner.folder)
         self.collect(owner.folder)
-        self.database.forget()
         there = [sizes[name] for name in gone if name in sizes]
-        return replace(removed, files=len(there), bytes=sum(there))
+        return replace(removed, files=len(there), bytes=sum(there), scrubbed=self.database.forget())
 
     def erase(self, tenant: str) -> Removed:
         """Remove everything of a tenant from the index and the disk; nothing to remove is no error."""
@@ -207,7 +206,7 @@ class Archive:
             index.count_removal(c)
         sizes = self.blobs.files(owner.folder)
         self.collect(owner.folder)
-        self.database.forget()
+        scrubbed = self.database.forget()
         self._tenant_keys.pop(owner.folder, None)
         left = self.blobs.files(owner.folder)
         if left:
@@ -216,7 +215,7 @@ class Archive:
                 got=f"{len(left)} files in the folder {owner.folder!r}",
                 do="erase the tenant again, and look whether another program writes there",
             )
-        return replace(removed, files=len(sizes), bytes=sum(sizes.values()))
+        return replace(removed, files=len(sizes), bytes=sum(sizes.values()), scrubbed=scrubbed)
 
     def put_state(self, tenant: str, name: str, data: bytes) -> None:
         """Store the optimizer state of a name, whether or not it has versions; replaces an earlier one."""
@@ -397,7 +396,7 @@ class Archive:
             num_virtual_tokens=row.num_virtual_tokens,
             base=BaseModelId(architecture=row.architecture, digest=row.digest, name=row.base_name),
             created=_EPOCH + timedelta(microseconds=row.created),
-            **json.loads(details),
+            **json.loads(details.decode()),
         )
 
     @property

@@ -262,7 +262,7 @@ def version_rows(
         query = query.where(prompts.c.name == name)
     if not all_versions:
         query = query.where(versions.c.version == prompts.c.current)
-    return [Stored._make(row) for row in c.execute(query)]
+    return [Stored._make(row) for row in c.execute(query).all()]
 
 
 # Optimizer states

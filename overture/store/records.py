@@ -66,6 +66,9 @@ class Removed:
     """Their bytes."""
     cached: int = 0
     """Copies dropped from this process's memory and devices."""
+    scrubbed: bool = True
+    """True if the index's own files hold no trace either. PostgreSQL's do until `VACUUM`; SQLite's as long as another
+    process is in the middle of a long read."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,10 +8,23 @@ import sys
 
 import pytest
 
-HEAVY = ["torch", "transformers", "numpy", "matplotlib", "tokenizers", "safetensors", "jaxtyping", "jinja2", "pyarrow"]
+HEAVY = [
+    "sqlalchemy",
+    "torch",
+    "transformers",
+    "numpy",
+    "matplotlib",
+    "tokenizers",
+    "safetensors",
+    "jaxtyping",
+    "jinja2",
+    "pyarrow",
+]
 
 
-@pytest.mark.parametrize("words", [[], ["--help"], ["tune", "--help"], ["tune", "--nonsense"], ["--version"]])
+@pytest.mark.parametrize(
+    "words", [[], ["--help"], ["tune", "--help"], ["store", "--help"], ["tune", "--nonsense"], ["--version"]]
+)
 def test_no_heavy_module_is_imported(words: list[str]) -> None:
     code = (
         "import sys, json\nfrom overture.cli import main\n"

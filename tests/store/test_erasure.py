@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sqlite3
 import threading
 import weakref
 from pathlib import Path
@@ -49,6 +50,7 @@ def test_nothing_of_an_erased_user_is_left_on_the_disk(root: Path, encrypted: bo
             1,
             1,
         )
+        assert removed.scrubbed
         gone = before.keys() - set(after)
         assert (removed.files, removed.bytes) == (len(gone), sum(before[path] for path in gone)) != (0, 0)
         assert traces(root, b"optimizer of zaphod", content(make_prompt(1)), content(make_prompt(2))) == []
@@ -67,6 +69,24 @@ def test_a_removed_prompt_leaves_no_trace_either(store: PromptStore, root: Path)
     store.remove("zaphod@example.com", "heart-of-gold")
     assert traces(root, b"optimizer of zaphod", content(make_prompt(1))) == traces(root, b"zaphod@example.com")
     assert not any(b"heart-of-gold" in data or b"beeblebrox" in data for data in files_below(root).values())
+
+
+def test_a_long_read_elsewhere_keeps_traces_and_the_report_says_so(
+    store: PromptStore, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(store)
+    # As another process would: a connection of its own in the middle of a read.
+    reader = sqlite3.connect(root / "index.sqlite", isolation_level=None)
+    reader.execute("BEGIN")
+    reader.execute("SELECT * FROM overture_tenants").fetchall()
+    monkeypatch.setattr("overture.store.database._WAIT_SECONDS", 0)
+    with PromptStore(root) as impatient:
+        assert not impatient.erase("zaphod@example.com").scrubbed
+        assert traces(root) != []
+        assert len(stored_files(root)) == 1  # the neighbour's
+    reader.close()
+    assert store.erase("trillian").scrubbed
+    assert traces(root) == []
 
 
 def test_who_comes_again_begins_anew(store: PromptStore, root: Path) -> None:

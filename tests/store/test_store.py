@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sqlite3
 import stat
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -300,6 +302,20 @@ def test_files_of_another_store_are_refused(tmp_path: Path) -> None:
     assert len(stored_files(tmp_path / "a")) == 1
 
 
+def test_readers_wait_for_no_writer(store: PromptStore, root: Path) -> None:
+    """Another process may hold the lock of the whole index: what is there is read all the same, also anew."""
+    store.publish("acme", "poet", make_prompt(1))
+    writer = sqlite3.connect(root / "index.sqlite", isolation_level=None)
+    writer.execute("BEGIN EXCLUSIVE")
+    writer.execute("DELETE FROM overture_tenants")
+    assert content(store.get("acme", "poet")) == content(make_prompt(1))
+    with PromptStore(root, read_only=True) as reader:
+        assert content(reader.get("acme", "poet")) == content(make_prompt(1))
+        assert len(reader.list_prompts("acme")) == 1
+    writer.rollback()
+    writer.close()
+
+
 def test_threads_publish_and_read_at_once(store: PromptStore) -> None:
     """Every thread's prompts arrive, and every read gives some whole version of the name."""
     errors: list[BaseException] = []
@@ -340,3 +356,14 @@ def test_a_child_process_may_go_on_with_its_parents_store(store: PromptStore) ->
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert content(store.get("acme", "child")) == content(make_prompt(2))
     assert store.verify().problems == ()
+
+
+def test_a_store_needs_no_transformers() -> None:
+    """Nor, without encryption and remote files, what those need. Oracle: the modules of a fresh process."""
+    code = (
+        "import sys, tempfile, overture.store as s\n"
+        "s.PromptStore(tempfile.mkdtemp()).tenants()\n"
+        "print([m for m in ('transformers', 'cryptography', 'fsspec', 'psycopg') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=True)
+    assert done.stdout.strip() == "[]"
