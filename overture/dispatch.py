@@ -11,18 +11,20 @@ to choose its masks, and another name would change the model itself.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from overture.errors import UnsupportedModelError
 
-__all__ = ["KEYWORD", "AttentionFunction", "AttentionHandler", "install", "require_masks"]
+__all__ = ["KEYWORD", "AttentionFunction", "AttentionHandler", "install", "quick_to_start", "require_masks"]
 
 KEYWORD = "overture_attention"
-_ROUTED = ("sdpa", "eager")
+_ROUTED = ("sdpa", "eager", "flex_attention")
 
 
 @runtime_checkable
@@ -55,7 +57,7 @@ class AttentionHandler(Protocol):
 
 
 def install() -> None:
-    """Route transformers' `sdpa` and `eager` attention through Overture, once per process."""
+    """Route transformers' `sdpa`, `eager` and `flex_attention` through Overture, once per process."""
     for name in _ROUTED:
         original = ALL_ATTENTION_FUNCTIONS.get(name)
         if not isinstance(original, _Route):
@@ -67,10 +69,23 @@ def require_masks(model: nn.Module) -> None:
     name = getattr(model.config, "_attn_implementation", None)
     if name not in _ROUTED:
         raise UnsupportedModelError(
-            expected="attention that takes an explicit mask: sdpa or eager",
+            expected="attention that takes an explicit mask: sdpa, eager or flex_attention",
             got=f"attn_implementation={name!r}",
             do="call model.set_attn_implementation('sdpa') before using a prefix",
         )
+
+
+@contextmanager
+def quick_to_start(model: PreTrainedModel) -> Iterator[None]:
+    """`sdpa` in place of `flex_attention`, which is compiled for a minute before it answers a first small input."""
+    name = model.config._attn_implementation
+    if name == "flex_attention":
+        model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        if name == "flex_attention":
+            model.set_attn_implementation(name)
 
 
 class _Route:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.nn.functional import pad
 
 from overture.dispatch import AttentionFunction
@@ -196,11 +197,12 @@ class PrefixAttention:
             return stacked.to(like).expand(len(choice), -1, -1, -1)
         return stacked.to(like).index_select(0, choice.to(like.device))
 
-    def _joined(self, mask: Tensor | None, query: Tensor, keys: int, causal: bool, layer: int) -> Tensor | None:
+    def _joined(self, mask: Any, query: Tensor, keys: int, causal: bool, layer: int) -> Any:
         """The mask over prefix and text. Layers of one part that share a mask share the joined one."""
         signature = ("joined", query.shape[2], keys, causal, self.rows.parts[layer], self.windows.get(layer))
-        joined: Tensor | None = self._once(signature, mask, lambda: self._join(mask, query, keys, causal, layer))
-        return joined
+        if isinstance(mask, BlockMask):
+            return self._once(signature, mask, lambda: _join_blocks(mask, self._visible(layer), query.shape[2], keys))
+        return self._once(signature, mask, lambda: self._join(mask, query, keys, causal, layer))
 
     def _join(self, mask: Tensor | None, query: Tensor, keys: int, causal: bool, layer: int) -> Tensor | None:
         queries = query.shape[2]
@@ -243,6 +245,19 @@ def _ends(fold: Fold, keys: Float[Tensor, "G K P D"]) -> Mask | None:
         return None
     visible = torch.arange(keys.shape[2], device=keys.device) < fold.lengths.to(keys.device)[:, None]
     return merge.additive(visible[:, None, None], keys.dtype)
+
+
+def _join_blocks(mask: BlockMask, visible: Bool[Tensor, "B 1 _T P"], queries: int, keys: int) -> BlockMask:
+    """The mask over prefix and text as flex attention takes it: a rule for each pair of positions."""
+    longest, visible = visible.shape[-1], visible.expand(-1, 1, queries, -1).contiguous()
+    of_text = mask.mask_mod
+
+    def seen(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        # Both sides are looked up for every key, so neither may be asked for a place it does not have.
+        in_prefix = visible[row, 0, query, key.clamp(max=longest - 1)]
+        return torch.where(key < longest, in_prefix, of_text(row, head, query, (key - longest).clamp(min=0)))
+
+    return create_block_mask(seen, len(visible), None, queries, longest + keys, device=visible.device)
 
 
 def _like(seen: Tensor, like: Tensor) -> Tensor:

@@ -216,5 +216,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def measuring(model: PreTrainedModel) -> Iterator[None]:
     """For what is found once and kept: free of dropout, autocast, gradient and inference mode that happen to hold."""
     device = execution_device(model).type
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False), evaluating(model):
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast(device, enabled=False),
+        evaluating(model),
+        dispatch.quick_to_start(model),
+    ):
         yield

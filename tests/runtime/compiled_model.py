@@ -170,3 +170,22 @@ def test_generation_by_a_compiled_forward_pass(path):
         with prompts(called, rows, attention=path):
             answers.append(called.generate(input_ids=ids, attention_mask=mask, **options).tolist())
     assert answers[0] == answers[1]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # transformers' and torch's own, on the way to the kernel
+def test_flex_attention():
+    """torch compiles flex attention by itself; it has no backward pass on a CPU. Oracle: sdpa, in the same fp32.
+
+    Tolerance: logits of a few tens, through two layers of fp32 in different order; 2e-6 was measured.
+    """
+    torch.manual_seed(1)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES | {"head_dim": 16})).eval().requires_grad_(False)
+    ids, mask = _batch()
+    rows = [row and row.map(lambda t: t.detach().float()) for row in _rows(model)]
+    answers = []
+    for name in ("flex_attention", "sdpa"):
+        model.set_attn_implementation(name)
+        with torch.no_grad(), prompts(model, rows):
+            answers.append(model(input_ids=ids, attention_mask=mask).logits[:, 3:])
+    torch.testing.assert_close(*answers, rtol=0, atol=1e-4)
