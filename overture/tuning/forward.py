@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from overture.prompt import Head
 from overture.runtime.prompts import Piece, prompts
 from overture.runtime.reading import Encoded, batch_rows
-from overture.spec import evaluating, execution_device
+from overture.spec import evaluating, execution_device, unwrapped
 from overture.tuning.example import Example
 
 __all__ = ["Trained", "collate", "frozen", "precise", "run", "selected_logits"]
@@ -49,7 +49,7 @@ def run(model: PreTrainedModel, rows: Sequence[Trained], examples: Sequence[Exam
         **more: further keywords of the forward pass.
     """
     batch = collate(examples, filler).to(execution_device(model))
-    options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    options = {"use_cache": False} if "use_cache" in inspect.signature(unwrapped(model).forward).parameters else {}
     with prompts(model, [row.value for row in rows], batch, heads=[row.head for row in rows]):
         return model(**batch.inputs(), **options, **more)
 
