@@ -10,9 +10,11 @@ from accelerate import Accelerator
 from huggingface_hub import HfApi
 from torch.nn.functional import cross_entropy
 from transformers import (
+    AutoModelForCausalLM,
     BertConfig,
     BertForSequenceClassification,
     DataCollatorForSeq2Seq,
+    QuantoConfig,
     Trainer,
     TrainingArguments,
 )
@@ -168,6 +170,26 @@ def test_trainer_pushes_the_prompt_and_not_the_model(make_model, make_trainer, e
     assert "checkpoint-*" in uploads[0]["ignore_patterns"]
     folder = uploads[0]["folder_path"]
     assert ov.SoftPrompt.load(f"{folder}/prompt.safetensors").length == 3
+
+
+def test_a_quantised_base_trains(make_model, make_trainer, examples, tmp_path):
+    """Trainer refuses to train quantised models. Oracle: the base model's own loss, row by row inside `prompts`."""
+    make_model(dtype=torch.float32).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", quantization_config=QuantoConfig(weights="int8"), dtype=torch.float32
+    )
+    assert base.is_quantized
+    data = examples(count=4)
+    model = ov.PromptModel(base, METHODS["deep"])
+    with torch.no_grad(), ov.prompts(base, model.soft_prompt()):
+        rows = [{name: torch.tensor([row[name]]) for name in row} for row in data]
+        losses = [base(**row, num_items_in_batch=1).loss.item() for row in rows]
+    trainer = make_trainer(model, data, max_steps=2)
+    trainer.train()
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    targets = sum(label != -100 for row in data for label in row["labels"])
+    assert logged[0] == pytest.approx(sum(losses) / targets, rel=1e-4)  # padding changes the order of fp32 sums
+    assert logged[1] < logged[0]
 
 
 def test_label_smoothing_shifts_the_labels(make_model, make_trainer, examples, batch):
