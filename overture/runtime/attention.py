@@ -199,9 +199,10 @@ class PrefixAttention:
 
     def _joined(self, mask: Any, query: Tensor, keys: int, causal: bool, layer: int) -> Any:
         """The mask over prefix and text. Layers of one part that share a mask share the joined one."""
-        signature = ("joined", query.shape[2], keys, causal, self.rows.parts[layer], self.windows.get(layer))
+        queries = query.shape[2]
+        signature = ("joined", queries, keys, causal, self.rows.parts[layer], self.windows.get(layer))
         if isinstance(mask, BlockMask):
-            return self._once(signature, mask, lambda: _join_blocks(mask, self._visible(layer), query.shape[2], keys))
+            return self._once(signature, mask, lambda: _join_blocks(mask, self._visible(layer, queries), queries, keys))
         return self._once(signature, mask, lambda: self._join(mask, query, keys, causal, layer))
 
     def _join(self, mask: Tensor | None, query: Tensor, keys: int, causal: bool, layer: int) -> Tensor | None:
@@ -212,20 +213,22 @@ class PrefixAttention:
                 return None
             text = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
             mask = _like(text.tril() if causal and queries > 1 else text, query)[None, None]
-        visible = self._visible(layer).to(mask.device)
+        visible = self._visible(layer, queries).to(mask.device)
         if mask.dtype != torch.bool:
             visible = _like(visible, mask)
         batch, heads, queries = visible.shape[0], mask.shape[1], mask.shape[2]
         return torch.cat([visible.expand(-1, heads, queries, -1), mask.expand(batch, -1, -1, -1)], dim=-1)
 
-    def _visible(self, layer: int) -> Bool[Tensor, "B 1 _T P"]:
+    def _visible(self, layer: int, queries: int) -> Bool[Tensor, "B 1 _T P"]:
         """Which positions of its prefix each query sees."""
         visible = self.rows.visible(layer)[:, None, None]
         window = self.windows.get(layer)
         if window is None:
             return visible
         assert self.positions is not None
-        distance = self.positions[..., None] - torch.arange(visible.shape[-1], device=self.positions.device)
+        # Later layers may be asked for the last positions only (Gemma 4's, that share keys).
+        positions = self.positions[..., -queries:, None]
+        distance = positions - torch.arange(visible.shape[-1], device=positions.device)
         return visible & (distance < window)[:, None].to(visible.device)
 
     def _once(self, kind: Any, mask: Any, make: Callable[[], Any]) -> Any:

@@ -42,6 +42,20 @@ def window(bench: Bench, rows: Sequence[Row], measure: Measure) -> None:
         measure.close(logits[number, batch.places[number]], wanted)
 
 
+@GROUP.feature('Generating, sliding="window"', DECODERS, rows="prefix", sliding=True)
+def generating_in_window(bench: Bench, rows: Sequence[Row], measure: Measure) -> None:
+    """The plain model's own greedy tokens and logits behind the words as text."""
+    batch = bench.batch(rows, "left")
+    options = {"do_sample": False, "max_new_tokens": 10, "return_dict_in_generate": True, "output_logits": True}
+    with prompts(bench.model, bench.values(rows), batch.encoded, sliding="window"):
+        out = bench.model.generate(**batch.asked, **options)
+    for number, row in enumerate(rows):
+        ids = torch.cat([row.words, row.text])[None]
+        wanted = bench.model.generate(ids, attention_mask=torch.ones_like(ids), use_cache=False, **options)
+        assert out.sequences[number, batch.width :].tolist() == wanted.sequences[0, ids.shape[1] :].tolist()
+        measure.close(torch.stack(out.logits)[:, number], torch.stack(wanted.logits)[:, 0], at_least=2e-5)
+
+
 @GROUP.feature("Eager attention")
 def eager(bench: Bench, rows: Sequence[Row], measure: Measure) -> None:
     """As Mixed rows, `attn_implementation="eager"`, whose softmax is fp32: 2e-4."""
