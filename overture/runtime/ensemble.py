@@ -5,7 +5,6 @@ Shape suffixes: B rows, N prompts, A answers.
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,12 +17,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from overture.errors import ConfigError
 from overture.prompt import SoftPrompt
-from overture.runtime.encode import Encoded, Item, encode
-from overture.runtime.generate import generate_ids, require_generation, room
+from overture.runtime.encode import Item, encode
+from overture.runtime.generate import generate_ids, require_generation
 from overture.runtime.joint import asked, jointly
-from overture.runtime.prompts import prompts as using_prompts
+from overture.runtime.likelihood import log_likelihoods
 from overture.runtime.tokens import eos_ids, filler_id, text_ids
-from overture.spec import ModelSpec, evaluating, execution_device, unwrapped
+from overture.runtime.whole import complete_row
+from overture.spec import ModelSpec, evaluating, unwrapped
 
 __all__ = ["EnsembleAnswer", "ensemble"]
 
@@ -64,7 +64,7 @@ def ensemble(
     answer. Equal means: the earliest choice.
 
     Args:
-        model: a causal language model of transformers, or one that PEFT wraps.
+        model: a causal language model of transformers or an encoder-decoder, or one that PEFT wraps.
         tokenizer: its tokenizer.
         prompts: one or more; None among them is the frozen model.
         inputs: texts, message lists, or mappings with the columns of the prompts' templates.
@@ -79,7 +79,7 @@ def ensemble(
         As `generate`.
     """
     model = unwrapped(model)
-    require_generation(model, ("causal-lm",))
+    require_generation(model)
     _check(prompts, choices, how, batch_size, options)
     each = len(prompts) * len(choices or [""])
     step = max(batch_size // each, 1)
@@ -110,12 +110,13 @@ class _Group:
         self.model, self.tokenizer, self.prompts, self.limit = model, tokenizer, prompts, limit
         self.rows = list(prompts) * len(inputs)
         items = [item for item in inputs for _ in prompts]
-        self.batch = encode(tokenizer, items, self.rows, spec=ModelSpec.of(model))
+        both = model.config.is_encoder_decoder
+        self.batch = encode(tokenizer, items, self.rows, spec=ModelSpec.of(model), complete=both)
         self.filler = filler_id(tokenizer)
 
     def choose(self, choices: Sequence[str], how: str) -> Iterator[EnsembleAnswer]:
         """The best of the choices, for every input."""
-        ids = [[*text_ids(self.tokenizer, choice), *eos_ids(self.tokenizer)] for choice in choices]
+        ids = [self._ids(choice) for choice in choices]
         every = [ids] * (len(self.rows) // len(self.prompts))
         for scores in self._scores(every):
             means = dict(zip(choices, scores.mean(0).tolist(), strict=True))
@@ -142,6 +143,12 @@ class _Group:
         for ids, scores in zip(written, self._scores([[ids] for ids in written]), strict=True):
             yield EnsembleAnswer(self._text(ids), {}, {self._text(ids): float(scores.mean())})
 
+    def _ids(self, choice: str) -> list[int]:
+        """A choice as it is learned: with the end of the text, behind an encoder with all special tokens."""
+        if self.model.config.is_encoder_decoder:
+            return list(complete_row(self.tokenizer, choice).ids)
+        return [*text_ids(self.tokenizer, choice), *eos_ids(self.tokenizer)]
+
     def _text(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
@@ -153,7 +160,7 @@ class _Group:
         return [row[: next((i + 1 for i, token in enumerate(row) if token in ends), len(row))] for row in new.tolist()]
 
     def _scores(self, answers: Sequence[Sequence[Sequence[int]]]) -> Iterator[Float[Tensor, "N _A"]]:
-        """For every input the log-probability of each of its answers under every prompt, summed over its tokens."""
+        """For every input the log-probability of each of its answers under every prompt."""
         width = len(self.prompts)
         pairs = [(row, ids) for row in range(len(self.rows)) for ids in answers[row // width]]
         scores = torch.cat([self._following(pairs[i : i + self.limit]) for i in range(0, len(pairs), self.limit)])
@@ -162,31 +169,10 @@ class _Group:
             scores = scores[width * len(each) :]
 
     def _following(self, pairs: Sequence[tuple[int, Sequence[int]]]) -> Float[Tensor, " B"]:
-        """Log-probability of the ids behind the row, for every pair of the two."""
-        longest = max(len(ids) for _, ids in pairs)
-        rows = [self.rows[row] for row, _ in pairs]
-        batch = _extended(self.batch, pairs, longest, self.filler).to(execution_device(self.model))
-        room(ModelSpec.of(self.model), rows, batch)
-        keep: dict[str, Any] = {}
-        if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
-            keep["logits_to_keep"] = longest + 1
-        with using_prompts(self.model, rows, batch):
-            output = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **keep)
-        logits: Tensor = output.logits[:, -longest - 1 : -1]
-        logged = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-        each = logged.gather(-1, batch.input_ids[:, -longest:, None])[..., 0]
-        return each.masked_fill(batch.attention_mask[:, -longest:] == 0, 0).sum(1).cpu()
-
-
-def _extended(batch: Encoded, pairs: Sequence[tuple[int, Sequence[int]]], longest: int, filler: int) -> Encoded:
-    """Rows of the batch with ids behind them, filled up on the right."""
-    rows = torch.tensor([row for row, _ in pairs])
-    ids = torch.tensor([[*ids, *[filler] * (longest - len(ids))] for _, ids in pairs])
-    mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for _, ids in pairs])
-    slots = None if batch.slots is None else torch.cat([batch.slots[rows], torch.full_like(ids, -1)], dim=1)
-    return Encoded(
-        torch.cat([batch.input_ids[rows], ids], dim=1), torch.cat([batch.attention_mask[rows], mask], dim=1), slots
-    )
+        """The same of the answer behind the row, for every pair of the two."""
+        rows = [row for row, _ in pairs]
+        batch, chosen = self.batch.rows(rows), [self.rows[row] for row in rows]
+        return log_likelihoods(self.model, chosen, batch, [ids for _, ids in pairs], self.filler)
 
 
 def _winner(votes: Sequence[str], means: Mapping[str, float]) -> str:

@@ -87,6 +87,12 @@ class Encoded:
         slots, types = (None if t is None else t.to(device) for t in (self.slots, self.token_type_ids))
         return Encoded(self.input_ids.to(device), self.attention_mask.to(device), slots, types)
 
+    def rows(self, numbers: Sequence[int]) -> Encoded:
+        """Some rows, in any order and as often as named."""
+        chosen = list(numbers)
+        slots, types = (None if t is None else t[chosen] for t in (self.slots, self.token_type_ids))
+        return Encoded(self.input_ids[chosen], self.attention_mask[chosen], slots, types)
+
     def inputs(self) -> dict[str, Tensor]:
         """The keywords of a forward pass."""
         types = {} if self.token_type_ids is None else {"token_type_ids": self.token_type_ids}

@@ -15,10 +15,18 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from overture.errors import ConfigError, ContextLengthError, DataError, UnsupportedModelError
-from overture.prompt import SoftPrompt, VirtualTokens
+from overture.prompt import KVPrefix, SoftPrompt, VirtualTokens
 from overture.runtime.compile import compile_prefixes
 from overture.runtime.encode import encode
 from overture.runtime.ensemble import _winner, ensemble
@@ -208,6 +216,39 @@ def test_one_prompt_is_that_prompt(model, tokenizer, rows):
         assert [a.answer for a in answers] == [w.strip() for w in wanted]
 
 
+@pytest.fixture(scope="module")
+def t5():
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=30, d_model=32, d_kv=8, num_heads=4, num_layers=2, d_ff=32, decoder_start_token_id=0)
+    return T5ForConditionalGeneration(config).double().eval()
+
+
+def test_an_encoder_decoder(t5, tokenizer):
+    """Oracle: transformers' own loss of every answer under every prompt alone."""
+    spec, generator = ModelSpec.of(t5), torch.Generator().manual_seed(1)
+    numbers = [tuple(torch.randn(4, 3, 8, generator=generator) for _ in spec.layers) for _ in "kv"]
+    tokens = torch.randn(4, 32, generator=generator)
+    members = [SoftPrompt(KVPrefix(*numbers), spec.base), None, SoftPrompt(VirtualTokens(tokens), spec.base)]
+
+    def score(prompt, text, words):
+        batch = encode(tokenizer, [text], [prompt], spec=spec, complete=True)
+        labels = torch.tensor([tokenizer.encode(words)])
+        with torch.no_grad(), prompts(t5, [prompt], batch):
+            return -float(t5(**batch.inputs(), labels=labels).loss) * labels.shape[1]
+
+    for how in ("vote", "mean"):
+        for text, answer in zip(
+            INPUTS, ensemble(t5, tokenizer, members, INPUTS, choices=CHOICES, how=how), strict=True
+        ):
+            _close(answer.scores, {c: sum(score(p, text, c) for p in members) / 3 for c in CHOICES})
+    votes = ensemble(t5, tokenizer, members, INPUTS, max_new_tokens=3, do_sample=False)
+    for text, answer in zip(INPUTS, votes, strict=True):
+        alone = [generate(t5, tokenizer, [p], [text], max_new_tokens=3, do_sample=False)[0].strip() for p in members]
+        assert answer.votes == Counter(alone)
+    (one,) = ensemble(t5, tokenizer, members[:1], INPUTS[:1], how="mean", max_new_tokens=3, do_sample=False)
+    assert one.answer == generate(t5, tokenizer, members[:1], INPUTS[:1], max_new_tokens=3, do_sample=False)[0].strip()
+
+
 def test_dropout_stays_off_and_the_mode_stays(model, tokenizer, rows):
     model.train()
     try:
@@ -246,7 +287,7 @@ def test_refuses_what_generate_refuses(model, tokenizer, rows):
     with pytest.raises(DataError, match="token ids below 7"):
         ensemble(small, tokenizer, [None], ["w1"], choices=["w1", "w9"])
     bert = BertModel(BertConfig(vocab_size=30, hidden_size=16, num_attention_heads=2, num_hidden_layers=1)).eval()
-    with pytest.raises(UnsupportedModelError, match="a causal language model"):
+    with pytest.raises(UnsupportedModelError, match="a model that can generate"):
         ensemble(bert, tokenizer, [None], ["w1"], choices=["w1", "w9"])
 
 
