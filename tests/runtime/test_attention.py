@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import weakref
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch.utils.checkpoint import checkpoint
+from transformers import AlbertConfig, AlbertModel, LlamaConfig, LlamaForCausalLM
 
 from overture.errors import UnsupportedModelError
 from overture.prompt import KVPrefix
@@ -43,3 +45,29 @@ def test_a_model_that_was_prompted_can_be_freed():
     del model
     gc.collect()
     assert alive() is None
+
+
+def test_a_shared_block_is_not_recomputed_as_another_layer():
+    """ALBERT's one block serves every layer; recomputation would take the last layer's prefix for all of them."""
+    config = AlbertConfig(
+        vocab_size=61,
+        embedding_size=16,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=48,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    model = AlbertModel(config).requires_grad_(False).train()
+    prefix = KVPrefix(*(tuple(torch.randn(4, 2, 8, requires_grad=True) for _ in range(3)) for _ in "kv"))
+    ids = torch.tensor([[5, 6, 7]])
+    with prompts(model, prefix):
+        model(input_ids=ids).last_hidden_state.sum().backward()
+    assert all(key.grad is not None and key.grad.abs().max() > 0 for key in prefix.keys)
+    block = model.encoder.albert_layer_groups[0].albert_layers[0]
+    block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    with prompts(model, prefix):
+        loss = model(input_ids=ids).last_hidden_state.sum()
+    with pytest.raises(UnsupportedModelError, match="3 attention calls of the shared AlbertAttention"):
+        loss.backward()
