@@ -13,7 +13,8 @@ from overture.errors import ConfigError, DataError, OvertureError, UnsupportedMo
 from overture.prompt import BaseModelId, SoftPrompt, VirtualTokens
 from overture.runtime.encode import Item, encode, encode_prompt
 from overture.runtime.reading import Reading
-from overture.runtime.tokens import filler_id, leading_specials, place_id
+from overture.runtime.tokens import filler_id, leading_specials, place_id, specials_in_front
+from overture.runtime.whole import encode_whole
 from overture.template import Template
 
 SENTENCES = ["the cat sat on the mat", "user asks and the assistant answers", "Hello world, how are you?"]
@@ -162,6 +163,47 @@ def test_a_batch_is_its_rows_padded(side: Any, eos: str | None) -> None:
         assert (batch.slots[row][~kept] == -1).all()
         mask = batch.attention_mask[row].tolist()
         assert mask == sorted(mask, reverse=side == "right")
+
+
+def test_a_complete_text_is_what_the_tokenizer_writes() -> None:
+    """Oracle: the tokenizer called by hand. Complete texts are filled up on the right."""
+    batch = encode(BERT_LIKE, ["the cat", {"text": "sat"}, {"prompt": "on"}], complete=True)
+    for ids, mask, text in zip(batch.input_ids, batch.attention_mask, ["the cat", "sat", "on"], strict=True):
+        wanted = list(BERT_LIKE(text)["input_ids"])
+        assert ids[: len(wanted)].tolist() == wanted == [*BOS, *plain(text), 1]
+        assert mask.tolist() == [1] * len(wanted) + [0] * (len(mask) - len(wanted))
+    row = encode_whole(BERT_LIKE, {"x": "cat"}, Template.parse("[V]the {x}[V]"))
+    assert list(row.ids) == [*BOS, place_id(BERT_LIKE), *plain("the cat"), place_id(BERT_LIKE), 1]
+    assert row.slots == (-1, 0, *[-1] * len(plain("the cat")), 1, -1)
+
+
+def test_an_ordinary_token_stands_under_virtual_tokens() -> None:
+    """Padding's id there would move the positions of RoBERTa and what decoders pool."""
+    for tokenizer in (PLAIN, make_tokenizer(pad="<|pad|>")):
+        assert place_id(tokenizer) not in tokenizer.all_special_ids
+
+
+@pytest.mark.parametrize(
+    "item", [{"question": "x"}, {"text": 3}, {"text": " "}, {"text": "a", "text_pair": ""}, QUESTION]
+)
+def test_what_is_no_complete_text(item: Any) -> None:
+    with pytest.raises(DataError, match="text"):
+        encode_whole(PLAIN, item)
+
+
+def test_a_mask_needs_a_mask_token() -> None:
+    with pytest.raises(UnsupportedModelError, match="a tokenizer with a mask token"):
+        encode_whole(PLAIN, {"x": "cat"}, Template.parse("[V]{x} {mask}"))
+
+
+def test_places_stand_behind_the_special_tokens_in_front() -> None:
+    """Oracle: by hand."""
+    row = Reading(ids=(0, 7, 8), types=(0, 0, 1)).with_places(2, 1, 9)
+    assert row == Reading(ids=(0, 9, 9, 7, 8), slots=(-1, 0, 1, -1, -1), types=(0, 0, 0, 0, 1))
+    assert row.text == (0, 3, 4)
+    assert row.without_places() == Reading(ids=(0, 7, 8), types=(0, 0, 1))
+    assert specials_in_front(BERT_LIKE, (0, 7)) == 1
+    assert specials_in_front(PLAIN, (7, 8)) == 0
 
 
 def test_no_slots_without_virtual_tokens_in_the_text() -> None:
