@@ -83,7 +83,10 @@ def _checkpointed(bench: Bench, rows: Sequence[Row], measure: Measure, *, reentr
 
 @GROUP.feature("Packed sequences", DECODERS)
 def packed(bench: Bench, rows: Sequence[Row], measure: Measure) -> None:
-    """Each sequence alone: several texts in one row under one prompt, told apart by their positions."""
+    """Each sequence alone: several in one row under one prompt, `use_cache=False` (with a cache plain models mix them).
+
+    They are told apart by position ids that begin anew, as TRL packs them, and have no attention mask.
+    """
     texts = [row.text for row in rows[:3]]
     ids, positions = torch.cat(texts)[None], torch.cat([torch.arange(len(text)) for text in texts])[None]
     for row in rows:
