@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Generator, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from overture.errors import ConfigError
+from overture.errors import ConfigError, UnsupportedModelError
 from overture.methods import Method, Prepared
 from overture.prompt import BlockInputs, Head
 from overture.runtime.head_module import start_head
@@ -27,6 +27,7 @@ def places_for(
 
     Raises:
         ConfigError: the method's template puts them inside the text, or the tokenizer is missing.
+        UnsupportedModelError: an encoder-decoder whose decoder would read the places.
     """
     template = method.template_
     if template is not None and not template.leading:
@@ -38,6 +39,12 @@ def places_for(
     spec = ModelSpec.of(model)
     if isinstance(value, BlockInputs) or not stands_in_text(spec, value):
         return None
+    if model.config.is_encoder_decoder and task_of(model) not in (None, "seq2seq"):
+        raise UnsupportedModelError(
+            expected="an encoder-decoder that writes, for virtual tokens in its input",
+            got=f"{type(model).__name__}, whose decoder reads the input again",
+            do="use PrefixTuning on this model",
+        )
     if tokenizer is None:
         raise ConfigError(
             expected=f"a tokenizer, to put virtual tokens behind the special tokens of {spec.base.architecture}",

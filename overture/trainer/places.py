@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from overture.errors import ConfigError
 from overture.runtime.encode import Encoded
 from overture.runtime.tokens import leading_specials, place_id
+from overture.spec import task_of
 
 __all__ = ["Opened", "Places"]
 
@@ -39,7 +40,8 @@ class Places:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
         self.length = length
-        self.encoder_decoder = bool(model.config.is_encoder_decoder)
+        # Labels and answers of an encoder-decoder are the decoder's, and those of a classifier stand for whole rows.
+        self.by_token = not model.config.is_encoder_decoder and task_of(model) != "sequence-classification"
         self.shifts_labels = getattr(model, "loss_type", None) == "ForCausalLM"
         self.specials = leading_specials(tokenizer)
         self.place_id = place_id(tokenizer)
@@ -52,10 +54,10 @@ class Places:
         """
         ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
         wrong = [name for name in ("inputs_embeds", "position_ids", "past_key_values") if inputs.get(name) is not None]
-        if ids is None or wrong or (mask is not None and mask.ndim != 2):
+        if ids is None or ids.ndim != 2 or wrong or (mask is not None and mask.shape != ids.shape):
             raise ConfigError(
-                expected="input_ids, with an attention_mask of rows and tokens, to make places for virtual tokens in",
-                got=", ".join(wrong) or ("an attention_mask of another shape" if ids is not None else "no input_ids"),
+                expected="rows of input_ids, and a mask of their shape, to make places for virtual tokens in",
+                got=", ".join(wrong) or ("other shapes" if ids is not None else "no input_ids"),
                 do="pass unpacked rows of token ids, or use PrefixTuning, which needs no places",
             )
         mask = torch.ones_like(ids) if mask is None else mask
@@ -64,14 +66,13 @@ class Places:
         types, labels = inputs.get("token_type_ids"), inputs.get("labels")
         if types is not None:
             opened["token_type_ids"] = layout.widened(types, 0)
-        # Labels of an encoder-decoder are the decoder's, and those of a classifier stand for whole rows.
-        if labels is not None and labels.shape == ids.shape and not self.encoder_decoder:
+        if labels is not None and self.by_token:
             opened["labels"] = self._labels(layout, labels)
         for name in _SPANS:
             if inputs.get(name) is not None:
                 opened[name] = layout.moved(inputs[name])
         batch = Encoded(opened["input_ids"], opened["attention_mask"], layout.slots)
-        return Opened(dict(inputs) | opened, batch, None if self.encoder_decoder else layout)
+        return Opened(dict(inputs) | opened, batch, layout if self.by_token else None)
 
     def _labels(self, layout: _Layout, labels: Int[Tensor, "B T"]) -> Int[Tensor, "B W"]:
         if self.shifts_labels:

@@ -12,6 +12,8 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import cross_entropy
 from transformers import (
+    BartConfig,
+    BartForSequenceClassification,
     BertConfig,
     BertForMaskedLM,
     BertForQuestionAnswering,
@@ -29,7 +31,7 @@ from transformers import (
 )
 
 import overture as ov
-from overture.errors import ConfigError
+from overture.errors import ConfigError, UnsupportedModelError
 
 METHOD = ov.PromptTuning(init="ahoy")
 P = 4
@@ -138,12 +140,21 @@ def test_spans_point_to_the_same_words(marked, side):
         torch.testing.assert_close(got[name], wanted[name].gather(1, kept), **CLOSE)
 
 
-def test_a_classifier_still_reads_cls(marked):
-    base = _build(BertForSequenceClassification, BertConfig, intermediate_size=48, num_labels=3)
+@pytest.mark.parametrize("labels", [0, P], ids=["", "as many labels as columns"])
+def test_a_classifier_still_reads_cls(marked, labels):
+    """Several labels to a row, as many as the row has columns inside or outside: they are no labels of tokens."""
     plain, wide, _ = _batches(marked, "right")
-    labels = torch.tensor([2, 0])
+    labels += plain["input_ids"].shape[1]
+    base = _build(
+        BertForSequenceClassification,
+        BertConfig,
+        intermediate_size=48,
+        num_labels=labels,
+        problem_type="multi_label_classification",
+    )
+    targets = torch.arange(2 * labels).view(2, labels).double() % 2
     with torch.no_grad():
-        wanted, got = base(**wide, labels=labels), _model(base, marked)(**plain, labels=labels)
+        wanted, got = base(**wide, labels=targets), _model(base, marked)(**plain, labels=targets)
     torch.testing.assert_close(got.logits, wanted.logits, **CLOSE)
     torch.testing.assert_close(got.loss, wanted.loss, **CLOSE)
 
@@ -269,12 +280,19 @@ def test_inputs_without_room_are_refused(marked):
     base = _build(BertForSequenceClassification, BertConfig, intermediate_size=48)
     with pytest.raises(ConfigError, match=r"a tokenizer, to put virtual tokens behind the special tokens of bert"):
         ov.PromptModel(base, METHOD.__class__(num_virtual_tokens=3))
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    reads_twice = BartForSequenceClassification(BartConfig(vocab_size=262, max_position_embeddings=32, **sizes))
+    with pytest.raises(
+        UnsupportedModelError, match=r"BartForSequenceClassification, whose decoder reads the input again"
+    ):
+        ov.PromptModel(reads_twice, METHOD, tokenizer=marked)
     model = _model(base, marked)
     ids = torch.zeros(1, 4, dtype=torch.long)
     for inputs, got in (
         ({"input_ids": ids, "position_ids": ids}, "position_ids"),
         ({"inputs_embeds": torch.zeros(1, 4, 32)}, "inputs_embeds"),
-        ({"input_ids": ids, "attention_mask": torch.ones(1, 1, 4, 4)}, "an attention_mask of another shape"),
+        ({"input_ids": ids, "attention_mask": torch.ones(1, 1, 4, 4)}, "other shapes"),
+        ({"input_ids": ids[None]}, "other shapes"),
         ({}, "no input_ids"),
     ):
         with pytest.raises(ConfigError, match=f"to make places for virtual tokens in; got {got}"):
