@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from overture.errors import ConfigError
 from overture.prompt import SoftPrompt
+from overture.runtime.compose import joined_rows
 from overture.runtime.encode import Item, encode
 from overture.runtime.generate import generate_ids, require_generation
 from overture.runtime.joint import asked, jointly
@@ -43,7 +44,7 @@ class EnsembleAnswer:
 def ensemble(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[SoftPrompt | None],
+    prompts: Sequence[SoftPrompt | tuple[SoftPrompt | None, ...] | None],
     inputs: Sequence[Item],
     *,
     choices: Sequence[str] | None = None,
@@ -66,7 +67,7 @@ def ensemble(
     Args:
         model: a causal language model of transformers or an encoder-decoder, or one that PEFT wraps.
         tokenizer: its tokenizer.
-        prompts: one or more; None among them is the frozen model.
+        prompts: one or more; None among them is the frozen model, and a tuple of prompts their join (see `join`).
         inputs: texts, message lists, or mappings with the columns of the prompts' templates.
         choices: the answers there are, as they are written in the training data.
         how: `"vote"` or `"mean"`.
@@ -81,12 +82,13 @@ def ensemble(
     model = unwrapped(model)
     require_generation(model)
     _check(prompts, choices, how, batch_size, options)
-    each = len(prompts) * len(choices or [""])
+    members = joined_rows(model, prompts)
+    each = len(members) * len(choices or [""])
     step = max(batch_size // each, 1)
     answers: list[EnsembleAnswer] = []
     with torch.no_grad(), evaluating(model):
         for start in range(0, len(inputs), step):
-            group = _Group(model, tokenizer, prompts, inputs[start : start + step], batch_size)
+            group = _Group(model, tokenizer, members, inputs[start : start + step], batch_size)
             if choices is not None:
                 answers += group.choose(choices, how)
             elif how == "vote":

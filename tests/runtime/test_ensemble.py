@@ -28,6 +28,7 @@ from transformers import (
 from overture.errors import ConfigError, ContextLengthError, DataError, UnsupportedModelError
 from overture.prompt import KVPrefix, SoftPrompt, VirtualTokens
 from overture.runtime.compile import compile_prefixes
+from overture.runtime.compose import join
 from overture.runtime.encode import encode
 from overture.runtime.ensemble import _winner, ensemble
 from overture.runtime.generate import generate
@@ -293,6 +294,12 @@ def test_refuses_what_generate_refuses(model, tokenizer, rows):
 
 def test_no_inputs_no_answers(model, tokenizer, rows):
     assert ensemble(model, tokenizer, rows, [], choices=CHOICES) == []
+
+
+def test_joined_members(model, tokenizer, rows):
+    """Oracle: the joined prompts as members."""
+    got = ensemble(model, tokenizer, [(rows[0], rows[1]), None], INPUTS, choices=CHOICES)
+    assert got == ensemble(model, tokenizer, [join(model, rows[0], rows[1]), None], INPUTS, choices=CHOICES)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # asked by PEFT
