@@ -13,7 +13,7 @@ import json
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -24,10 +24,10 @@ from overture.prompt import BaseModelId
 from overture.store import index
 from overture.store.blobs import Blobs
 from overture.store.database import Database
-from overture.store.records import Record, Removed
+from overture.store.records import Record
 from overture.store.sealing import Key
 
-__all__ = ["Archive", "Location", "NewVersion", "check_key"]
+__all__ = ["Archive", "Location", "NewVersion", "check_key", "sha256_of"]
 
 _SUFFIXES = {"prompt": ".safetensors", "state": ".state"}
 _SEALED = ".sealed"
@@ -71,195 +71,8 @@ class Archive:
     """
 
     def __init__(self, database: Database, blobs: Blobs, key: Key | None, *, read_only: bool = False) -> None:
-        self.database, self.blobs, self._key, self.read_only = database, blobs, key, read_only
+        self.database, self.blobs, self.key, self.read_only = database, blobs, key, read_only
         self._tenant_keys: dict[str, Key] = {}
-
-    # Writing
-
-    def publish(self, tenant: str, name: str, new: NewVersion) -> int:
-        """Store the next version of a name. Returns its number; from then on it is on the disk."""
-        with self.locked(tenant, make=True) as (c, owner):
-            assert owner is not None
-            prompt = index.prompt(c, owner.id, name) or index.add_prompt(c, owner.id, name)
-            number = prompt.last + 1
-            self._add(c, owner, prompt, number, new)
-            index.change_prompt(c, prompt.id, last=number, current=prompt.current if prompt.pinned else number)
-            return number
-
-    def restore(self, tenant: str, name: str, versions: Mapping[int, NewVersion], current: int, pinned: bool) -> int:
-        """Store versions under numbers they had elsewhere, all or none.
-
-        Returns:
-            How many were new. What is there already stays, and so does what an existing name stands for.
-
-        Raises:
-            ConfigError: the name has another content under one of the numbers.
-        """
-        with self.locked(tenant, make=True) as (c, owner):
-            assert owner is not None
-            prompt = index.prompt(c, owner.id, name)
-            here = {row.version: row.sha256 for row in index.version_rows(c, tenant, name)}
-            for number, new in versions.items():
-                if number in here and here[number] != _sha256(new.data):
-                    raise ConfigError(
-                        expected=f"{tenant}/{name}@{number} to be what is imported, or not there",
-                        got="another prompt under this number",
-                        do="import under another tenant, or remove the name first",
-                    )
-            missing = {number: new for number, new in versions.items() if number not in here}
-            if not missing:
-                return 0
-            if prompt is None:
-                prompt = index.add_prompt(c, owner.id, name)
-                index.change_prompt(c, prompt.id, current=current, pinned=pinned)
-            for number, new in missing.items():
-                self._add(c, owner, prompt, number, new)
-            index.change_prompt(c, prompt.id, last=max(prompt.last, *missing))
-            return len(missing)
-
-    def point(self, tenant: str, name: str, version: int | None, *, pinned: bool | None = None) -> None:
-        """Let a name stand for another version, and pin it or not.
-
-        Args:
-            tenant: whose.
-            name: the name.
-            version: the version; None leaves it as it is.
-            pinned: None leaves it as it is.
-        """
-        with self.locked(tenant) as (c, owner):
-            prompt = self._prompt(c, owner, tenant, name)
-            if version is not None and index.version(c, tenant, name, version) is None:
-                raise self._unknown(c, tenant, name, version)
-            number = prompt.current if version is None else version
-            index.change_prompt(c, prompt.id, current=number, pinned=prompt.pinned if pinned is None else pinned)
-
-    def roll_back(self, tenant: str, name: str, to: int | None) -> None:
-        """Let a name stand for an earlier version: `to`, or the one before the current."""
-        with self.locked(tenant) as (c, owner):
-            prompt = self._prompt(c, owner, tenant, name)
-            numbers = [row.version for row in index.version_rows(c, tenant, name)]
-            earlier = [number for number in numbers if number < prompt.current]
-            if prompt.pinned:
-                raise ConfigError(
-                    expected=f"{tenant}/{name} not to be pinned",
-                    got=f"a pin on version {prompt.current}",
-                    do="pin the other version instead, or unpin first",
-                )
-            if to is not None and to not in numbers:
-                raise self._unknown(c, tenant, name, to)
-            if to is None and not earlier:
-                raise ConfigError(
-                    expected=f"a version of {tenant}/{name} before {prompt.current}",
-                    got="none",
-                    do="name the version to go to; `overture store ls` shows them",
-                )
-            index.change_prompt(c, prompt.id, current=earlier[-1] if to is None else to)
-
-    def remove(self, tenant: str, name: str, version: int | None) -> Removed:
-        """Remove a name with all versions and its state, or one version.
-
-        Raises:
-            UnknownPromptError: there is no such name or version.
-            ConfigError: the version is what the name stands for, and there are others.
-        """
-        with self.locked(tenant) as (c, owner):
-            prompt = self._prompt(c, owner, tenant, name)
-            assert owner is not None
-            before = index.files(c, owner.id)
-            numbers = [row.version for row in index.version_rows(c, tenant, name)]
-            states = len(index.state_rows(c, owner.id, name))
-            if version is not None and version not in numbers:
-                raise self._unknown(c, tenant, name, version)
-            if version is None or numbers == [version]:
-                index.delete_prompt(c, owner.id, prompt)
-                removed = Removed(tenant=tenant, prompts=(name,), versions=len(numbers), states=states)
-            elif version == prompt.current:
-                raise ConfigError(
-                    expected=f"a version that {tenant}/{name} does not stand for",
-                    got=f"version {version}, the current one",
-                    do="roll back or pin another version first, or remove the whole name",
-                )
-            else:
-                index.delete_version(c, prompt.id, version)
-                removed = Removed(tenant=tenant, versions=1)
-            gone = self._discard(c, owner, before)
-            index.count_removal(c)
-        sizes = self.blobs.files(owner.folder)
-        self.collect(owner.folder)
-        there = [sizes[name] for name in gone if name in sizes]
-        return replace(removed, files=len(there), bytes=sum(there), scrubbed=self.database.forget())
-
-    def erase(self, tenant: str) -> Removed:
-        """Remove everything of a tenant from the index and the disk; nothing to remove is no error."""
-        with self.locked(tenant) as (c, owner):
-            if owner is None:
-                return Removed(tenant=tenant)
-            names = index.names(c, owner.id)
-            removed = Removed(
-                tenant=tenant,
-                prompts=tuple(names),
-                versions=len(index.version_rows(c, tenant)),
-                states=len(index.state_rows(c, owner.id)),
-            )
-            index.delete_tenant(c, owner.id)
-            index.add_garbage(c, owner.folder, "")
-            index.count_removal(c)
-        sizes = self.blobs.files(owner.folder)
-        self.collect(owner.folder)
-        scrubbed = self.database.forget()
-        self._tenant_keys.pop(owner.folder, None)
-        left = self.blobs.files(owner.folder)
-        if left:
-            raise StoreError(
-                expected=f"no file of {tenant!r} after its erasure",
-                got=f"{len(left)} files in the folder {owner.folder!r}",
-                do="erase the tenant again, and look whether another program writes there",
-            )
-        return replace(removed, files=len(sizes), bytes=sum(sizes.values()), scrubbed=scrubbed)
-
-    def put_state(self, tenant: str, name: str, data: bytes) -> None:
-        """Store the optimizer state of a name, whether or not it has versions; replaces an earlier one."""
-        with self.locked(tenant, make=True) as (c, owner):
-            assert owner is not None
-            before = index.files(c, owner.id)
-            file = ("state", _sha256(data))
-            self._write(c, owner, file, data)
-            index.set_state(c, owner.id, name, file[1], len(data))
-            self._discard(c, owner, before)
-        self.collect(owner.folder)
-
-    def remove_state(self, tenant: str, name: str) -> bool:
-        """Remove the optimizer state of a name. Returns whether there was one."""
-        with self.locked(tenant) as (c, owner):
-            if owner is None or not index.state_rows(c, owner.id, name):
-                return False
-            before = index.files(c, owner.id)
-            index.delete_state(c, owner.id, name)
-            self._discard(c, owner, before)
-        self.collect(owner.folder)
-        return True
-
-    def rotate(self, new: Key) -> int:
-        """Wrap all tenants' keys with a new store key, in one transaction. Returns how many.
-
-        Raises:
-            ConfigError: the store is not encrypted.
-        """
-        if self._key is None:
-            raise ConfigError(
-                expected="an encrypted store",
-                got="one without a key",
-                do="export it, and import the export into a new store that is made with a key",
-            )
-        with self.writing() as c:
-            check_key(index.fact(c, "key", lock=True), self._key)
-            owners = index.all_tenants(c)
-            secrets_ = {owner.id: (owner.folder, self._tenant_key(owner.folder, owner.key)) for owner in owners}
-            index.rekey(c, [(id_, new.seal(key.secret, f"key/{folder}")) for id_, (folder, key) in secrets_.items()])
-            index.set_fact(c, "key", new.id)
-        self._key = new
-        self.database.forget()
-        return len(owners)
 
     def collect(self, folder: str | None = None) -> None:
         """Delete what removals left to be deleted, of one folder or of all."""
@@ -301,17 +114,34 @@ class Archive:
             yield c
 
     @contextmanager
-    def locked(self, tenant: str, *, make: bool = False) -> Iterator[tuple[Connection, index.Tenant | None]]:
-        """A transaction in which nobody else changes anything of a tenant; `make` makes the tenant first."""
+    def locking(self, tenant: str) -> Iterator[tuple[Connection, index.Tenant | None]]:
+        """A transaction in which nobody else changes anything of a tenant, if there is one."""
+        with self.writing() as c:
+            yield c, index.tenant(c, tenant, lock=True)
+
+    @contextmanager
+    def making(self, tenant: str) -> Iterator[tuple[Connection, index.Tenant]]:
+        """The same, with a tenant that is made if it is not there."""
         while True:
-            if make:
-                self._ensure(tenant)
-            with self.writing() as c:
-                owner = index.tenant(c, tenant, lock=True)
-                if owner is not None or not make:
+            self._make(tenant)
+            with self.locking(tenant) as (c, owner):
+                if owner is not None:
                     yield c, owner
                     return
             # Erased between the two transactions: begin again.
+
+    @contextmanager
+    def existing(self, tenant: str, name: str) -> Iterator[tuple[Connection, index.Tenant, index.Prompt]]:
+        """The same, for a name that is there.
+
+        Raises:
+            UnknownPromptError: it is not.
+        """
+        with self.locking(tenant) as (c, owner):
+            prompt = index.prompt(c, owner.id, name) if owner else None
+            if owner is None or prompt is None:
+                raise self.unknown(c, tenant, name, None)
+            yield c, owner, prompt
 
     # Reading
 
@@ -324,7 +154,7 @@ class Archive:
         with self.database.reading() as c:
             row = index.version(c, tenant, name, version)
             if row is None:
-                raise self._unknown(c, tenant, name, version)
+                raise self.unknown(c, tenant, name, version)
         return Location(f"{tenant}/{name}@{row.version}", row.folder, ("prompt", row.sha256), row.key)
 
     def read(self, location: Location) -> bytes | memoryview:
@@ -338,28 +168,46 @@ class Archive:
         try:
             data = self.blobs.read(location.folder, self.file_name(location.file))
         except FileNotFoundError:
-            raise self.damaged(location.address, "no file") from None
+            raise self._damaged(location.address, "no file") from None
         except OSError as error:
-            raise self.damaged(location.address, f"{error.strerror or error}") from None
+            raise self._damaged(location.address, f"{error.strerror or error}") from None
         if location.key is not None:
-            key = self._tenant_key(location.folder, location.key)
+            key = self.tenant_key(location.folder, location.key)
             try:
                 data = key.open(data, f"{kind}/{location.folder}/{sha256}")
             except StoreError as error:
-                raise self.damaged(location.address, error.got) from None
-        found = _sha256(data)
+                raise self._damaged(location.address, error.got) from None
+        found = sha256_of(data)
         if found != sha256:
-            raise self.damaged(location.address, f"a file with {found[:12]}..., so it was damaged or edited", sha256)
+            raise self._damaged(location.address, f"a file with {found[:12]}..., so it was damaged or edited", sha256)
         return data
+
+    def content(self, tenant: str, name: str, version: int) -> bytes:
+        """The prompt file of a version."""
+        return bytes(self.read(self.locate(tenant, name, version)))
 
     def state(self, tenant: str, name: str) -> bytes | None:
         """The optimizer state of a name, if there is one."""
+        location = self.locate_state(tenant, name)
+        while location is not None:
+            try:
+                return bytes(self.read(location))
+            except PromptFileError:
+                # Perhaps it was replaced a moment ago, and its file deleted.
+                again = self.locate_state(tenant, name)
+                if again == location:
+                    raise
+                location = again
+        return None
+
+    def locate_state(self, tenant: str, name: str) -> Location | None:
+        """Where the optimizer state of a name lies, if there is one."""
         with self.database.reading() as c:
             owner = index.tenant(c, tenant)
             rows = index.state_rows(c, owner.id, name) if owner else []
-        if not owner or not rows:
+        if owner is None or not rows:
             return None
-        return bytes(self.read(Location(f"{tenant}/{name}", owner.folder, ("state", rows[0][1]), owner.key)))
+        return Location(f"{tenant}/{name}", owner.folder, ("state", rows[0][1]), owner.key)
 
     def records(self, tenant: str | None, name: str | None = None, *, all_versions: bool) -> list[Record]:
         """Versions by tenant, name and number."""
@@ -376,13 +224,13 @@ class Archive:
         with self.database.reading() as c:
             row = index.version(c, tenant, name, version)
             if row is None:
-                raise self._unknown(c, tenant, name, version)
+                raise self.unknown(c, tenant, name, version)
         return self._record(row)
 
     def _record(self, row: index.Stored) -> Record:
         details = row.details
         if row.key is not None:
-            details = self._tenant_key(row.folder, row.key).open(details, _label(row.folder, row.name, row.version))
+            details = self.tenant_key(row.folder, row.key).open(details, _label(row.folder, row.name, row.version))
         current = bool(row.version == row.current)
         return Record(
             tenant=row.tenant,
@@ -402,7 +250,7 @@ class Archive:
     @property
     def encrypted(self) -> bool:
         """True if files and details are sealed."""
-        return self._key is not None
+        return self.key is not None
 
     def file_name(self, file: index.File) -> str:
         """How a file is called in its tenant's folder."""
@@ -410,15 +258,15 @@ class Archive:
         return sha256 + _SUFFIXES[kind] + (_SEALED if self.encrypted else "")
 
     @staticmethod
-    def damaged(address: str, got: str, sha256: str = "") -> PromptFileError:
+    def _damaged(address: str, got: str, sha256: str = "") -> PromptFileError:
         """The error for a record whose content is not what was stored."""
         what = f" with the sha256 {sha256[:12]}..." if sha256 else ""
         do = "`overture store verify` shows all such records; publish the prompt again or restore the file"
         return PromptFileError(expected=f"the file of {address}{what}", got=got, do=do)
 
-    # Within a transaction
+    # For changes, within their transaction
 
-    def _ensure(self, tenant: str) -> None:
+    def _make(self, tenant: str) -> None:
         """Make the tenant in a transaction of its own, so that no file lies in a folder unknown to the index."""
         with self.database.reading() as c:
             if index.tenant(c, tenant) is not None:
@@ -426,20 +274,20 @@ class Archive:
         folder = secrets.token_hex(16)
         with self.writing() as c:
             sealed = None
-            if self._key is not None:
-                check_key(index.fact(c, "key", lock=True), self._key)  # it may have been rotated by another process
-                sealed = self._key.seal(Key.random().secret, f"key/{folder}")
+            if self.key is not None:
+                check_key(index.fact(c, "key", lock=True), self.key)  # it may have been rotated by another process
+                sealed = self.key.seal(Key.random().secret, f"key/{folder}")
             index.add_tenant(c, tenant, folder, sealed)
 
-    def _add(self, c: Connection, owner: index.Tenant, prompt: index.Prompt, number: int, new: NewVersion) -> None:
-        file = ("prompt", _sha256(new.data))
-        self._write(c, owner, file, new.data)
+    def add(self, c: Connection, owner: index.Tenant, prompt: index.Prompt, number: int, new: NewVersion) -> None:
+        """Write a version's file, and then its record."""
+        sha256 = self.write(c, owner, "prompt", new.data)
         details = _encoded({"metadata": new.metadata, "metrics": new.metrics})
         if owner.key is not None:
-            key = self._tenant_key(owner.folder, owner.key)
+            key = self.tenant_key(owner.folder, owner.key)
             details = key.seal(details, _label(owner.folder, prompt.name, number))
         row = index.Version(
-            sha256=file[1],
+            sha256=sha256,
             size=len(new.data),
             kind=new.kind,
             num_virtual_tokens=new.num_virtual_tokens,
@@ -451,27 +299,24 @@ class Archive:
         )
         index.add_version(c, prompt.id, number, row)
 
-    def _write(self, c: Connection, owner: index.Tenant, file: index.File, data: bytes) -> None:
-        kind, sha256 = file
+    def write(self, c: Connection, owner: index.Tenant, kind: str, data: bytes) -> str:
+        """Write a file. Returns its SHA-256, for the record to come."""
+        sha256 = sha256_of(data)
         if owner.key is not None:
-            data = self._tenant_key(owner.folder, owner.key).seal(data, f"{kind}/{owner.folder}/{sha256}")
-        index.remove_garbage(c, owner.folder, self.file_name(file))
-        self.blobs.write(owner.folder, self.file_name(file), data)
+            data = self.tenant_key(owner.folder, owner.key).seal(data, f"{kind}/{owner.folder}/{sha256}")
+        file = self.file_name((kind, sha256))
+        index.remove_garbage(c, owner.folder, file)
+        self.blobs.write(owner.folder, file, data)
+        return sha256
 
-    def _discard(self, c: Connection, owner: index.Tenant, before: Mapping[index.File, int]) -> list[str]:
+    def discard(self, c: Connection, owner: index.Tenant, before: Mapping[index.File, int]) -> list[str]:
         """Note for deletion what no record of the tenant needs any more. Returns the files' names."""
         gone = sorted(self.file_name(file) for file in before.keys() - index.files(c, owner.id).keys())
         for name in gone:
             index.add_garbage(c, owner.folder, name)
         return gone
 
-    def _prompt(self, c: Connection, owner: index.Tenant | None, tenant: str, name: str) -> index.Prompt:
-        prompt = index.prompt(c, owner.id, name) if owner else None
-        if prompt is None:
-            raise self._unknown(c, tenant, name, None)
-        return prompt
-
-    def _unknown(self, c: Connection, tenant: str, name: str, version: int | None) -> UnknownPromptError:
+    def unknown(self, c: Connection, tenant: str, name: str, version: int | None) -> UnknownPromptError:
         """The error for what is not there; the same for a tenant that does not exist as for one without the name."""
         from difflib import get_close_matches
 
@@ -485,18 +330,22 @@ class Archive:
         do = f"check the name; there is {' and '.join(near)}" if near else "`overture store ls` shows what there is"
         return UnknownPromptError(expected=f"a prompt of the tenant {tenant!r}", got=f"no prompt {name!r}", do=do)
 
-    def _tenant_key(self, folder: str, sealed: bytes | None) -> Key:
+    def forget_key(self, folder: str) -> None:
+        """Drop a tenant's own key from memory."""
+        self._tenant_keys.pop(folder, None)
+
+    def tenant_key(self, folder: str, sealed: bytes | None) -> Key:
         """A tenant's own key, unwrapped. It is as old as its folder, so a rotation does not change it."""
         assert sealed is not None
         found = self._tenant_keys.get(folder)
         if found is None:
-            if self._key is None:
+            if self.key is None:
                 raise StoreError(expected="a store without encryption", got="a tenant with a key", do=_RESTORE)
             try:
-                found = Key(self._key.open(sealed, f"key/{folder}"))
+                found = Key(self.key.open(sealed, f"key/{folder}"))
             except StoreError:
                 with self.database.reading() as c:
-                    check_key(index.fact(c, "key"), self._key)
+                    check_key(index.fact(c, "key"), self.key)
                 raise StoreError(expected="a tenant's key as it was sealed", got="a damaged one", do=_RESTORE) from None
             self._tenant_keys[folder] = found
         return found
@@ -527,7 +376,8 @@ def _label(folder: str, name: str, version: int) -> str:
     return f"details/{folder}/{version}/{name}"
 
 
-def _sha256(data: bytes | memoryview) -> str:
+def sha256_of(data: bytes | memoryview) -> str:
+    """The address of a content."""
     return hashlib.sha256(data).hexdigest()
 
 

@@ -29,8 +29,8 @@ class Blobs(Protocol):
     def read(self, folder: str, file: str) -> bytes | memoryview:
         """The file's bytes. Raises `FileNotFoundError`."""
 
-    def remove(self, folder: str, file: str) -> int:
-        """Delete a file. Returns its bytes, 0 if it is not there."""
+    def remove(self, folder: str, file: str) -> None:
+        """Delete a file if it is there."""
 
     def files(self, folder: str) -> dict[str, int]:
         """Bytes of every file in a folder, half-written ones included; empty if there is no folder."""
@@ -63,16 +63,11 @@ class LocalBlobs:
                 return b""
             return memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
 
-    def remove(self, folder: str, file: str) -> int:
+    def remove(self, folder: str, file: str) -> None:
         """Delete a file."""
-        path = self._root / folder / file
-        try:
-            size = path.stat().st_size
-            path.unlink()
-            sync_folder(path.parent)
-        except FileNotFoundError:
-            return 0
-        return size
+        with suppress(FileNotFoundError):
+            (self._root / folder / file).unlink()
+            sync_folder(self._root / folder)
 
     def files(self, folder: str) -> dict[str, int]:
         """Bytes of every file."""
@@ -123,14 +118,10 @@ class RemoteBlobs:
         data: bytes = self._fs.cat_file(self._path(folder, file))
         return data
 
-    def remove(self, folder: str, file: str) -> int:
+    def remove(self, folder: str, file: str) -> None:
         """Delete an object."""
-        path = self._path(folder, file)
-        with self._reaching():
-            size = self._size(path)
-            if size is not None:
-                self._fs.rm_file(path)
-        return size or 0
+        with self._reaching(), suppress(FileNotFoundError):
+            self._fs.rm_file(self._path(folder, file))
 
     def files(self, folder: str) -> dict[str, int]:
         """Bytes of every object in a folder."""

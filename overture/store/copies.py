@@ -48,17 +48,18 @@ class Copies:
             PromptFileError: its file is missing or damaged.
             BaseMismatchError: it was tuned on another model than `base`.
         """
-        return self._found(tenant, name, version, base, self._tier.get)
+        prompt = self._found(tenant, name, version, self._tier.get)
+        if base is not None:
+            prompt.check_base(base)
+        return prompt
 
-    def hold(
-        self, tenant: str, name: str, version: int | None = None, *, base: BaseModelId | None = None
-    ) -> SoftPrompt:
+    def hold(self, tenant: str, name: str, version: int | None = None) -> SoftPrompt:
         """As `get`, and keep the copy whatever comes, until `release` or removal.
 
         Raises:
             ConfigError: what is held would exceed the budget.
         """
-        return self._found(tenant, name, version, base, self._tier.pin)
+        return self._found(tenant, name, version, self._tier.pin)
 
     def release(self, tenant: str, name: str, version: int | None = None) -> None:
         """Take back one `hold`. Name the version if the name stands for another one by now."""
@@ -79,28 +80,27 @@ class Copies:
 
     def load(self, location: Location) -> SoftPrompt:
         """The copy of what lies at `location`, for a tier that stands on this one."""
-        return self._tier.get(_key(location), lambda: self._load(location))
+        return self._take(location, self._tier.get)
+
+    def _take(self, location: Location, take: Callable[[Key, Callable[[], SoftPrompt]], SoftPrompt]) -> SoftPrompt:
+        return take(_key(location), lambda: self._load(location))
 
     def _found(
         self,
         tenant: str,
         name: str,
         version: int | None,
-        base: BaseModelId | None,
         take: Callable[[Key, Callable[[], SoftPrompt]], SoftPrompt],
     ) -> SoftPrompt:
         location = self._locate(tenant, name, version)
-        try:
-            prompt = take(_key(location), lambda: self._load(location))
-        except PromptFileError:
-            # Perhaps it was removed a moment ago: then say that, or take what came instead.
-            again = self._locate(tenant, name, version)
-            if _key(again) == _key(location):
-                raise
-            prompt = take(_key(again), lambda: self._load(again))
-        if base is not None:
-            prompt.check_base(base)
-        return prompt
+        while True:
+            try:
+                return self._take(location, take)
+            except PromptFileError:
+                # Perhaps it was removed a moment ago: then say that, or take what came instead.
+                before, location = location, self._locate(tenant, name, version)
+                if _key(location) == _key(before):
+                    raise
 
 
 def num_bytes(prompt: SoftPrompt) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -35,10 +35,10 @@ __all__ = [
     "garbage_of",
     "names",
     "prompt",
-    "rekey",
     "remove_garbage",
     "set_fact",
     "set_state",
+    "set_tenant_key",
     "state_rows",
     "tenant",
     "totals",
@@ -167,10 +167,9 @@ def add_tenant(c: Connection, name: str, folder: str, key: bytes | None) -> None
     _insert_if_new(c, tenants, name=name, folder=folder, key=key)
 
 
-def rekey(c: Connection, keys: Iterable[tuple[int, bytes]]) -> None:
-    """Replace tenants' sealed keys, by the tenants' ids."""
-    for id_, key in keys:
-        c.execute(sa.update(tenants).where(tenants.c.id == id_).values(key=key))
+def set_tenant_key(c: Connection, id_: int, key: bytes) -> None:
+    """Replace a tenant's sealed key."""
+    c.execute(sa.update(tenants).where(tenants.c.id == id_).values(key=key))
 
 
 def delete_tenant(c: Connection, id_: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,18 +12,15 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from sqlalchemy.engine import URL
 
-from overture.errors import ConfigError, StoreError
-from overture.files import TEMPORARY
+from overture.errors import ConfigError
 from overture.formats import native
 from overture.prompt import BaseModelId, SoftPrompt
-from overture.store import index, transfer
-from overture.store.archive import Archive, Location, NewVersion, check_key
-from overture.store.blobs import OWNER, Blobs, open_blobs
+from overture.store import changes, index, transfer
+from overture.store.archive import Location, NewVersion
 from overture.store.copies import Copies
-from overture.store.database import open_database
 from overture.store.names import check_name, check_tenant
+from overture.store.opening import open_archive
 from overture.store.records import Record, Removed, Stats, Verification
 from overture.store.sealing import Key
 from overture.store.search import matching
@@ -33,8 +29,6 @@ from overture.store.verify import verify
 
 __all__ = ["PromptStore"]
 
-INDEX, BLOBS = "index.sqlite", "blobs"
-"""Names in a store's folder."""
 _MOST_NAMES = 100_000
 """Names to remember at a time, so that a store of millions does not fill the memory with them."""
 
@@ -77,7 +71,9 @@ class PromptStore:
         create: bool = True,
         max_age: float = 1.0,
     ) -> None:
-        self._archive = _open(os.fspath(location), None if blobs is None else os.fspath(blobs), key, read_only, create)
+        self._archive = open_archive(
+            os.fspath(location), None if blobs is None else os.fspath(blobs), key, read_only=read_only, create=create
+        )
         self._max_age = max_age
         self._lock = threading.Lock()
         self._view = _View()
@@ -153,7 +149,7 @@ class PromptStore:
 
     def put_state(self, tenant: str, name: str, data: bytes) -> None:
         """Keep the optimizer state of a name, such as a checkpoint's bytes; it replaces the last one."""
-        self._archive.put_state(check_tenant(tenant), check_name(name), data)
+        changes.put_state(self._archive, check_tenant(tenant), check_name(name), data)
 
     # Getting out
 
@@ -249,17 +245,17 @@ class PromptStore:
             UnknownPromptError: the tenant has no such prompt or version.
             ConfigError: the name is pinned, or has no earlier version.
         """
-        self._archive.roll_back(check_tenant(tenant), check_name(name), to)
+        changes.roll_back(self._archive, check_tenant(tenant), check_name(name), to)
         return self.record(tenant, name)
 
     def pin(self, tenant: str, name: str, version: int | None = None) -> Record:
         """Let a name stand for a version (the current one if None) and stay there when others are published."""
-        self._archive.point(check_tenant(tenant), check_name(name), version, pinned=True)
+        changes.pin(self._archive, check_tenant(tenant), check_name(name), version)
         return self.record(tenant, name)
 
     def unpin(self, tenant: str, name: str) -> Record:
         """Let a name follow what is published from now on; until then it stands for what it did."""
-        self._archive.point(check_tenant(tenant), check_name(name), None, pinned=False)
+        changes.unpin(self._archive, check_tenant(tenant), check_name(name))
         return self.record(tenant, name)
 
     # Removing
@@ -271,12 +267,12 @@ class PromptStore:
             UnknownPromptError: the tenant has no such prompt or version.
             ConfigError: the version is current and there are others.
         """
-        removed = self._archive.remove(check_tenant(tenant), check_name(name), version)
+        removed = changes.remove(self._archive, check_tenant(tenant), check_name(name), version)
         return replace(removed, cached=self.refresh())
 
     def remove_state(self, tenant: str, name: str) -> bool:
         """Remove the optimizer state of a name. Returns whether there was one."""
-        return self._archive.remove_state(check_tenant(tenant), check_name(name))
+        return changes.remove_state(self._archive, check_tenant(tenant), check_name(name))
 
     def erase(self, tenant: str) -> Removed:
         """Remove all that is stored of a tenant: names, versions, files, optimizer states, copies in memory.
@@ -285,7 +281,7 @@ class PromptStore:
             What was removed; nothing if nothing was stored. Other processes drop their copies when they next look at
             the index (at the next `get`, or `refresh`).
         """
-        removed = self._archive.erase(check_tenant(tenant))
+        removed = changes.erase(self._archive, check_tenant(tenant))
         return replace(removed, cached=self.refresh())
 
     def refresh(self) -> int:
@@ -370,11 +366,11 @@ class PromptStore:
         Raises:
             ConfigError: the store is not encrypted.
         """
-        return self._archive.rotate(new)
+        return changes.rotate_key(self._archive, new)
 
     def _published(self, tenant: str, name: str, new: NewVersion) -> Record:
         tenant, name = check_tenant(tenant), check_name(name)
-        return self._archive.record(tenant, name, self._archive.publish(tenant, name, new))
+        return self._archive.record(tenant, name, changes.publish(self._archive, tenant, name, new))
 
     def _tiers(self) -> tuple[Copies, ...]:
         return self.memory, *self._devices.values()
@@ -405,55 +401,3 @@ class PromptStore:
         if view.moment is not None and view.removals != removals:
             self.refresh()
         return self._view
-
-
-def _open(location: str, blobs: str | None, key: Key | None, read_only: bool, create: bool) -> Archive:
-    url: str | URL = location
-    if "://" not in location:
-        root = Path(location)
-        url, blobs = URL.create("sqlite", database=str(root / INDEX)), blobs or str(root / BLOBS)
-        if create and not read_only:
-            _make_folder(root)
-    if not blobs:
-        raise ConfigError(
-            expected="a place for the files of a store with a database",
-            got="no blobs",
-            do="name one that all machines reach, such as blobs='s3://bucket/prompts'",
-        )
-    new = {"key": key.id if key else "", "removals": "0", "id": secrets.token_hex(16)}
-    database, facts = open_database(url, create=create, read_only=read_only, new=new)
-    try:
-        check_key(facts["key"], key)
-        files = open_blobs(blobs, read_only=read_only)
-        _check_owner(files, facts["id"], blobs, read_only)
-        archive = Archive(database, files, key, read_only=read_only)
-        if not read_only:
-            archive.collect()  # what a killed removal left
-    except BaseException:
-        database.close()
-        raise
-    return archive
-
-
-def _make_folder(root: Path) -> None:
-    try:
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise StoreError(
-            expected="a folder for the store", got=f"{error.strerror} ({str(root)!r})", do="check the path"
-        ) from None
-
-
-def _check_owner(blobs: Blobs, id_: str, shown: str, read_only: bool) -> None:
-    """Files say which index they belong to: cleaning with another one would delete them all."""
-    # Folders first: whoever makes one has said before whose it is.
-    taken = set(blobs.folders()) - {OWNER}
-    owners = [name for name in blobs.files(OWNER) if not TEMPORARY.fullmatch(name)]
-    if not owners and not taken and not read_only:
-        blobs.write(OWNER, id_, b"The files here belong to the prompt store of this name.\n")
-    elif id_ not in owners:
-        raise StoreError(
-            expected=f"the files of this store (id {id_[:8]}) in {shown!r}",
-            got=f"those of another (id {', '.join(o[:8] for o in owners)})" if owners else "files of no store",
-            do="name the place where this store's files are",
-        )

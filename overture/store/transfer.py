@@ -6,18 +6,18 @@ holds no optimizer states and is never encrypted.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from overture.errors import ConfigError, PromptFileError
+from overture.errors import ConfigError, PromptFileError, UnknownPromptError
 from overture.files import write_atomically
 from overture.formats import native
 from overture.prompt import SoftPrompt, VirtualTokens
-from overture.store.archive import Archive, NewVersion
+from overture.store import changes
+from overture.store.archive import Archive, NewVersion, sha256_of
 from overture.store.names import check_name, check_tenant, folder_name
 from overture.store.records import Record
 
@@ -59,16 +59,29 @@ def read_file(path: Path) -> tuple[bytes, SoftPrompt]:
 def export(archive: Archive, folder: Path, tenant: str | None) -> int:
     """Write all versions to a new folder; the manifest comes last, so that an export without one is not finished."""
     _make_empty(folder)
-    records = archive.records(tenant, all_versions=True)
-    for record in records:
-        home = folder / folder_name(record.tenant) / folder_name(record.name)
-        home.mkdir(mode=0o700, parents=True, exist_ok=True)
-        data = archive.read(archive.locate(record.tenant, record.name, record.version))
-        write_atomically(home / f"{record.version}.safetensors", bytes(data), mode=0o600)
+    names = {(record.tenant, record.name) for record in archive.records(tenant, all_versions=False)}
+    records = [record for owner, name in sorted(names) for record in _export_name(archive, folder, owner, name)]
     manifest = {"format": _FORMAT, "schema": _SCHEMA, "records": [record.as_dict() for record in records]}
     text = json.dumps(manifest, ensure_ascii=False, indent=1)
     write_atomically(folder / _MANIFEST, text.encode(), mode=0o600)
     return len(records)
+
+
+def _export_name(archive: Archive, folder: Path, tenant: str, name: str) -> list[Record]:
+    """Write a name's versions as they are at one moment, also while others change it; none if it was removed."""
+    while True:
+        records = archive.records(tenant, name, all_versions=True)
+        try:
+            files = {record.version: archive.content(tenant, name, record.version) for record in records}
+        except (PromptFileError, UnknownPromptError):
+            if archive.records(tenant, name, all_versions=True) == records:
+                raise
+            continue
+        home = folder / folder_name(tenant) / folder_name(name)
+        for version, data in files.items():
+            home.mkdir(mode=0o700, parents=True, exist_ok=True)
+            write_atomically(home / f"{version}.safetensors", data, mode=0o600)
+        return records
 
 
 def import_folder(archive: Archive, folder: Path, tenant: str | None) -> int:
@@ -89,8 +102,8 @@ def import_folder(archive: Archive, folder: Path, tenant: str | None) -> int:
     for path in files:
         data, prompt = read_file(path)
         name = check_name(path.stem)
-        if not any(record.sha256 == _digest(data) for record in archive.records(tenant, name, all_versions=True)):
-            archive.publish(tenant, name, described(data, prompt, {}, None, now))
+        if not any(record.sha256 == sha256_of(data) for record in archive.records(tenant, name, all_versions=True)):
+            changes.publish(archive, tenant, name, described(data, prompt, {}, None, now))
             count += 1
     return count
 
@@ -100,7 +113,7 @@ def push(archive: Archive, tenant: str, name: str, version: int | None, folder: 
     from overture.formats.hub import model_card
 
     record = archive.record(tenant, name, version)
-    data = bytes(archive.read(archive.locate(tenant, name, record.version)))
+    data = archive.content(tenant, name, record.version)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / HUB_FILE, data)
     if not (folder / "README.md").exists():  # a card that somebody wrote stays
@@ -124,7 +137,7 @@ def _import_export(archive: Archive, folder: Path, tenant: str | None) -> int:
         versions = {entry["version"]: _read_exported(folder, entry) for entry in entries}
         current = next(entry for entry in entries if entry["current"])
         target = check_tenant(owner) if tenant is None else tenant
-        count += archive.restore(target, check_name(name), versions, current["version"], current["pinned"])
+        count += changes.restore(archive, target, check_name(name), versions, current["version"], current["pinned"])
     return count
 
 
@@ -161,10 +174,10 @@ def _read_exported(folder: Path, entry: dict[str, Any]) -> NewVersion:
     # The path comes from the names, not from the manifest: a stranger's manifest cannot point elsewhere.
     path = folder / folder_name(entry["tenant"]) / folder_name(entry["name"]) / f"{entry['version']}.safetensors"
     data, prompt = read_file(path)
-    if _digest(data) != entry["sha256"]:
+    if sha256_of(data) != entry["sha256"]:
         raise PromptFileError(
             expected=f"the sha256 {str(entry['sha256'])[:12]}... that the manifest gives",
-            got=f"{_digest(data)[:12]}... ({path})",
+            got=f"{sha256_of(data)[:12]}... ({path})",
             do="export again, or restore the file",
         )
     return described(data, prompt, entry["metadata"], entry["metrics"], entry["created"])
@@ -178,7 +191,3 @@ def _make_empty(folder: Path) -> None:
         got = f"{error.strerror} ({str(folder)!r})"
     if got:
         raise ConfigError(expected="a new or empty folder to export to", got=got, do="choose another folder")
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from overture.errors import PromptFileError
+from collections.abc import Callable
+from functools import partial
+
+from overture.errors import PromptFileError, UnknownPromptError
 from overture.formats import native
 from overture.store import index
 from overture.store.archive import Archive, Location
@@ -21,20 +24,11 @@ def verify(archive: Archive, *, clean: bool) -> Verification:
         versions = index.version_rows(c)
         states = [(owner, *row) for owner in owners for row in index.state_rows(c, owner.id)]
         needed = {owner.folder: index.files(c, owner.id) for owner in owners}
-    locations = [
-        Location(f"{row.tenant}/{row.name}@{row.version}", row.folder, ("prompt", row.sha256), row.key)
-        for row in versions
-    ]
-    locations += [
-        Location(f"{owner.name}/{name}", owner.folder, ("state", sha256), owner.key)
-        for owner, name, sha256, _ in states
-    ]
-    problems, leftovers = [], []
-    for location in locations:
-        try:
-            _check(archive, location)
-        except PromptFileError as error:
-            problems.append(Problem(address=location.address, expected=error.expected, got=error.got))
+    leftovers = []
+    located: list[Callable[[], Location | None]] = []
+    located += [partial(archive.locate, row.tenant, row.name, row.version) for row in versions]
+    located += [partial(archive.locate_state, owner.name, name) for owner, name, *_ in states]
+    problems = [problem for locate in located if (problem := _problem(archive, locate))]
     for folder, files in sorted(seen.items()):
         known = {archive.file_name(file) for file in needed.get(folder, {})}
         surplus = sorted(files.keys() - known)
@@ -51,10 +45,27 @@ def verify(archive: Archive, *, clean: bool) -> Verification:
     )
 
 
-def _check(archive: Archive, location: Location) -> None:
-    data = archive.read(location)
-    if location.file[0] == "prompt":
-        native.loads(data, location.address)
+def _problem(archive: Archive, locate: Callable[[], Location | None]) -> Problem | None:
+    """What is wrong with one record, if anything is and it was not removed or replaced meanwhile."""
+    location = _now(locate)
+    while location is not None:
+        try:
+            data = archive.read(location)
+            if location.file[0] == "prompt":
+                native.loads(data, location.address)
+            return None
+        except PromptFileError as error:
+            before, location = location, _now(locate)
+            if location == before:
+                return Problem(address=before.address, expected=error.expected, got=error.got)
+    return None
+
+
+def _now(locate: Callable[[], Location | None]) -> Location | None:
+    try:
+        return locate()
+    except UnknownPromptError:
+        return None
 
 
 def _clean(archive: Archive, folder: str, surplus: list[str]) -> list[str]:
