@@ -1,6 +1,7 @@
 """Prompts on a model behind `torch.compile` (`test_compiled_model.py` runs this). Oracle: the same model, not compiled.
 
-Tolerance: `aot_eager` runs the same operations; inductor fuses fp64 sums in another order, ten to a hundred at a time.
+Tolerance: `aot_eager` runs the same operations. Inductor has a cosine of its own for the fp32 angles of the rotary
+embedding: without any prompt, this model's logits (order 1) differ by 3e-6.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from overture.runtime.prompts import prompts
 # torch's own: its tracer makes an instance of every autograd function, and looks at every input's gradient.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning"),  # when inductor is imported
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
 ]
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-9}
+INDUCTOR = {"rtol": 0.0, "atol": 5e-5}
 SIZES = {
     "vocab_size": 61,
     "hidden_size": 32,
@@ -93,7 +96,7 @@ def test_one_graph(build, backend, path):
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     for mask in (False, True):
         for got, wanted in zip(_answer(compiled, rows, mask, path), _answer(model, rows, mask, path), strict=True):
-            torch.testing.assert_close(got, wanted, **TOLERANCE)
+            torch.testing.assert_close(got, wanted, **(INDUCTOR if backend == "inductor" else TOLERANCE))
 
 
 @pytest.mark.slow
