@@ -28,61 +28,45 @@ _UNMERGED = {
 }
 
 
-_FULL = "transformers' quantised cache takes only full attention"
-_STATE = "transformers does not guess ahead with recurrent states"
-_PACKED = "positions do not keep its packed sequences apart"
-_IDS = "its per-layer inputs come from ids"
-_NO_CACHE = "its cache is not transformers' cache"
+_STATEFUL = ("Qwen3-Next", "Mamba")
+_WINDOWED = ("Mistral", "Gemma 2", "Gemma 3", "Gemma 3n", "Gemma 4")
+_GUESSING = ("Assisted decoding", "Prompt lookup")
 
-MODEL_LIMITS: dict[tuple[str, str], str] = (
-    dict.fromkeys(
-        (
-            (family, "Quantised cache")
-            for family in ("Mistral", "Gemma 2", "Gemma 3", "Gemma 3n", "Gemma 4", "Qwen3-Next", "LFM2", "Mamba")
-        ),
-        _FULL,
-    )
-    | dict.fromkeys(
-        ((family, feature) for family in ("Qwen3-Next", "Mamba") for feature in ("Assisted decoding", "Prompt lookup")),
-        _STATE,
-    )
-    | dict.fromkeys(
-        (
-            (family, "Packed sequences")
-            for family in ("OPT", "Qwen3-Next", "LFM2", "Qwen2.5-VL (text side)", "BLOOM", "Falcon", "MPT", "Mamba")
-        ),
-        _PACKED,
-    )
-    | dict.fromkeys(
-        (
-            (family, feature)
-            for family in ("Gemma 3n", "Gemma 4")
-            for feature in ("inputs_embeds", "Generating from inputs_embeds")
-        ),
-        _IDS,
-    )
-    | dict.fromkeys(
-        (("MPT", feature) for feature in ("Chunked prefill", "Assisted decoding", "Prompt lookup")),
-        _NO_CACHE,
-    )
-    | {("BART", "Mixed rows, left padding"): "its encoder counts positions from the padding"}
-    | {("Qwen2.5-VL (text side)", "Assisted decoding"): "it hands its own embeddings to the assistant"}
-    | {("GPT-Neo", "Static cache"): "its windows count the cache's empty places"}
-    | dict.fromkeys(
-        ((family, "8-bit base (torchao)") for family in ("Falcon", "Mamba")),
-        "torchao lacks an operation that the model calls on its weights",
-    )
-    | dict.fromkeys(
-        (("ALBERT", feature) for feature in ("Gradient checkpointing", "Reentrant checkpointing")),
-        "it has no checkpointing",
-    )
-    | dict.fromkeys(
-        ((family, "Reentrant checkpointing") for family in ("Gemma 3n", "Gemma 4")),
+_LIMITS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
+    (
+        "transformers' quantised cache takes only full attention",
+        (*_WINDOWED, *_STATEFUL, "LFM2"),
+        ("Quantised cache",),
+    ),
+    ("transformers does not guess ahead with recurrent states", _STATEFUL, _GUESSING),
+    (
+        "positions do not keep its packed sequences apart",
+        ("OPT", "Qwen3-Next", "LFM2", "Qwen2.5-VL (text side)", "BLOOM", "Falcon", "MPT", "Mamba"),
+        ("Packed sequences",),
+    ),
+    (
+        "its per-layer inputs come from ids",
+        ("Gemma 3n", "Gemma 4"),
+        ("inputs_embeds", "Generating from inputs_embeds"),
+    ),
+    (
         "its blocks read tensors beside their positional inputs, to which reentrant checkpointing hands no gradient",
-    )
-    | dict.fromkeys(
-        (("Mamba", feature) for feature in ("Chunked prefill", "Multi-turn past_key_values")),
-        _NO_CACHE,
-    )
+        ("Gemma 3n", "Gemma 4"),
+        ("Reentrant checkpointing",),
+    ),
+    ("it has no checkpointing", ("ALBERT",), ("Gradient checkpointing", "Reentrant checkpointing")),
+    ("its cache is not transformers' cache", ("MPT",), ("Chunked prefill", *_GUESSING)),
+    ("its cache is not transformers' cache", ("Mamba",), ("Chunked prefill", "Multi-turn past_key_values")),
+    ("its windows count the cache's empty places", ("GPT-Neo",), ("Static cache",)),
+    ("its encoder counts positions from the padding", ("BART",), ("Mixed rows, left padding",)),
+    ("it hands its own embeddings to the assistant", ("Qwen2.5-VL (text side)",), ("Assisted decoding",)),
+    (
+        "torchao lacks an operation that the model calls on its weights",
+        ("Falcon", "Mamba"),
+        ("8-bit base (torchao)",),
+    ),
 )
+MODEL_LIMITS: dict[tuple[str, str], str] = {
+    (family, feature): reason for reason, families, features in _LIMITS for family in families for feature in features
+}
 """(family, feature): what the model cannot do, with or without prompts."""
