@@ -205,8 +205,8 @@ class _Recorder:
         attention_mask: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        self.keys.append(key[:, :, 0].double().cpu())
-        self.values.append(value[:, :, 0].double().cpu())
+        self.keys.append(key[:, :, 0].cpu().double())
+        self.values.append(value[:, :, 0].cpu().double())
         return inner(module, query, key, value, attention_mask, **kwargs)
 
 

@@ -17,10 +17,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from overture.errors import ConfigError, DataError, DivergedError, PromptFileError
 from overture.files import remove_leftovers
-from overture.methods import Method
+from overture.methods import Method, Prepared
 from overture.prompt import BaseModelId, SoftPrompt
 from overture.runtime.compile import Frozen
+from overture.runtime.fill import common_template
 from overture.runtime.fold import fold
+from overture.runtime.host import Host
+from overture.runtime.prompts import check
 from overture.runtime.tokens import filler_id
 from overture.spec import ModelSpec, execution_device, unwrapped
 from overture.tuning.cohort import Cohort, mean_losses
@@ -49,6 +52,7 @@ def tune(
     dev: Source | None = None,
     task: str | None = None,
     config: TuneConfig | None = None,
+    behind: SoftPrompt | None = None,
     name: str = "prompt",
     run_dir: str | PathLike[str] | None = None,
     resume: bool = False,
@@ -66,6 +70,8 @@ def tune(
         dev: rows to choose the best step by; None keeps a share of `data` (see `TuneConfig.dev_fraction`).
         task: what the model must be for, such as `sequence-classification`; None for whatever it is for.
         config: options of the run.
+        behind: a prompt that stands in front of this one in every row and stays as it is, such as a task's in front of
+            a user's; use the two together by `join`. None for none.
         name: the prompt's name.
         run_dir: folder for checkpoints; None for none.
         resume: go on from the checkpoint in `run_dir`, if there is one.
@@ -90,6 +96,7 @@ def tune(
         dev=None if dev is None else {name: dev},
         task=task,
         config=config,
+        behind=behind,
         run_dir=run_dir,
         resume=resume,
         on_event=on_event,
@@ -108,6 +115,7 @@ def tune_many(
     dev: Mapping[str, Source] | None = None,
     task: str | None = None,
     config: TuneConfig | None = None,
+    behind: SoftPrompt | None = None,
     run_dir: str | PathLike[str] | None = None,
     resume: bool = False,
     on_event: Listener | None = None,
@@ -125,6 +133,7 @@ def tune_many(
         dev: dev rows by prompt name; names left out keep a share of their own rows.
         task: what the model must be for; None for whatever it is for.
         config: options of the run, the same for all.
+        behind: a prompt in front of every one of them, as for `tune`.
         run_dir: folder for checkpoints; None for none.
         resume: go on from the checkpoint in `run_dir`, if there is one.
         on_event: called with every `Event`.
@@ -144,8 +153,8 @@ def tune_many(
     trainees = []
     for name, source in data.items():
         with _named(name, len(data)):
-            new = _trainee(model, tokenizer, chosen, name, methods[name], source, (dev or {}).get(name), config)
-            trainees.append(new)
+            sources = (source, (dev or {}).get(name))
+            trainees.append(_trainee(model, tokenizer, chosen, name, methods[name], sources, config, behind))
     cohort = Cohort(
         model,
         chosen,
@@ -178,17 +187,19 @@ def _trainee(
     task: Task,
     name: str,
     method: Method,
-    data: Source,
-    dev: Source | None,
+    sources: tuple[Source, Source | None],
     config: TuneConfig,
+    behind: SoftPrompt | None,
 ) -> Trainee:
+    data, dev = sources
     rows = load_rows(data)
     dev_rows: Sequence[Row]
     if dev is not None:
         dev_rows = load_rows(dev, kind="dev")
     else:
         rows, dev_rows = _split(rows, config)
-    form = Form(tokenizer=tokenizer, template=method.template_)
+    template = method.template_ if behind is None else common_template([method.template_, behind.template])
+    form = Form(tokenizer=tokenizer, template=template)
     words = getattr(method, "verbalizer", None)
     with frozen(model):
         module = method.build(Frozen(model, tokenizer), Generator().manual_seed(config.seed))
@@ -197,12 +208,26 @@ def _trainee(
     form = replace(form, head=head)
     with torch.no_grad():
         value = module()
+    if behind is not None:
+        _check_behind(model, behind, method, value)
+    spec, ahead = ModelSpec.of(model), 0 if behind is None else behind.length
 
     def encoded(some: Sequence[Row]) -> list[Example]:
-        spec = ModelSpec.of(model)
-        return encode_for(task, spec, value, form, some, max_length=config.max_length, truncate=config.truncate)
+        longest = config.max_length
+        return encode_for(task, spec, value, form, some, ahead=ahead, max_length=longest, truncate=config.truncate)
 
-    return Trainee(name, method, module, form, encoded(rows), encoded(dev_rows) if dev_rows else [], config)
+    return Trainee(name, method, module, form, encoded(rows), encoded(dev_rows) if dev_rows else [], config, behind)
+
+
+def _check_behind(model: PreTrainedModel, behind: SoftPrompt, method: Method, value: Prepared) -> None:
+    """Raise unless the two can be joined."""
+    if method.template_ is not None and not method.template_.leading:
+        raise ConfigError(
+            expected="virtual tokens in front of the text, to train them behind another prompt",
+            got=f"the template {method.template_.source!r}",
+            do="leave behind out, or the virtual tokens inside the text",
+        )
+    check(Host.of(model), (behind, value))
 
 
 def _methods(
@@ -262,7 +287,9 @@ def _result(model: PreTrainedModel, trainee: Trainee, cohort: Cohort) -> TuneRes
     with torch.no_grad(), frozen(model):
         prepared, head = trainee.module(), trainee.answers()
         measured = trainee.dev or trainee.train
-        loss = mean_losses(model, cohort.task, [(Trained(prepared, head), measured)], trainee.config, cohort.filler)[0]
+        loss = mean_losses(
+            model, cohort.task, [(Trained(prepared, head, trainee.behind), measured)], trainee.config, cohort.filler
+        )[0]
         value = fold(model, prepared)
         head = head and head.map(lambda t: t.detach().float().cpu().contiguous())
     metrics = {
@@ -324,6 +351,8 @@ def _identity(base: BaseModelId, trainees: Sequence[Trainee], config: TuneConfig
         labels = head and [head.task, head.labels, head.words]
         digest.update(json.dumps([trainee.name, trainee.method.describe(), labels], sort_keys=True).encode())
         for tensor in head.tensors.values() if head else ():
+            digest.update(tensor.cpu().numpy().tobytes())
+        for tensor in trainee.behind.value.tensors().values() if trainee.behind else ():
             digest.update(tensor.cpu().numpy().tobytes())
         for example in (*trainee.train, *trainee.dev):
             digest.update(repr(example).encode())

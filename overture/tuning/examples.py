@@ -62,6 +62,7 @@ def encode_for(
     form: Form,
     rows: Sequence[Row],
     *,
+    ahead: int = 0,
     max_length: int | None = None,
     truncate: bool = False,
 ) -> list[Example]:
@@ -73,6 +74,7 @@ def encode_for(
         prompt: the prompt; None for the frozen model, which reads the rows without their places.
         form: what the rows have in common.
         rows: the rows.
+        ahead: virtual tokens of another prompt in front of it.
         max_length: longest row in tokens, virtual tokens included; None for the model's context.
         truncate: cut rows that are too long, instead of refusing them.
 
@@ -84,7 +86,7 @@ def encode_for(
     # Virtual tokens of a template count among an example's own tokens, leading ones do not.
     inside = template is not None and not template.leading
     places = template.num_virtual_tokens if template is not None and inside else 0
-    room = _room(spec, max_length, places if prompt is None else length_of(prompt))
+    room = _room(spec, max_length, ahead + (places if prompt is None else length_of(prompt)))
     examples = encode_rows(task, rows, form, max_tokens=room + places, truncate=truncate)
     raise_bad_rows(_foreign(spec, rows, examples))
     if prompt is None:

@@ -15,8 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from overture.prompt import Head
-from overture.runtime.prompts import Piece, prompts
+from overture.prompt import Head, SoftPrompt
+from overture.runtime.prompts import Piece, RowPrompt, prompts
 from overture.runtime.reading import Encoded, batch_rows
 from overture.spec import evaluating, execution_device, unwrapped
 from overture.tuning.example import Example
@@ -31,6 +31,13 @@ class Trained(NamedTuple):
     """Its prompt; None for the frozen model."""
     head: Head | None
     """Its head; None for the model's own."""
+    behind: SoftPrompt | None = None
+    """A fixed prompt in front of it; None for none."""
+
+    @property
+    def row(self) -> RowPrompt:
+        """What stands before the row's text."""
+        return self.value if self.behind is None else (self.behind, self.value)
 
 
 def collate(examples: Sequence[Example], filler: int) -> Encoded:
@@ -50,7 +57,7 @@ def run(model: PreTrainedModel, rows: Sequence[Trained], examples: Sequence[Exam
     """
     batch = collate(examples, filler).to(execution_device(model))
     options = {"use_cache": False} if "use_cache" in inspect.signature(unwrapped(model).forward).parameters else {}
-    with prompts(model, [row.value for row in rows], batch, heads=[row.head for row in rows]):
+    with prompts(model, [row.row for row in rows], batch, heads=[row.head for row in rows]):
         return model(**batch.inputs(), **options, **more)
 
 

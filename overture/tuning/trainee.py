@@ -13,7 +13,7 @@ from torch.optim import AdamW, Optimizer
 
 from overture.errors import DivergedError
 from overture.methods import Method, PromptModule
-from overture.prompt import Head
+from overture.prompt import Head, SoftPrompt
 from overture.runtime.head_module import HeadModule
 from overture.tuning.batches import BatchOrder
 from overture.tuning.config import TuneConfig
@@ -35,6 +35,7 @@ class Trainee:
         train: rows to learn from.
         dev: rows to stop and to choose by; may be empty.
         config: the run's options.
+        behind: a fixed prompt in front of this one in every row; None for none.
     """
 
     def __init__(
@@ -46,9 +47,10 @@ class Trainee:
         train: Sequence[Example],
         dev: Sequence[Example],
         config: TuneConfig,
+        behind: SoftPrompt | None = None,
     ) -> None:
         self.name, self.method, self.module, self.form, self.config = name, method, module, form, config
-        self.train, self.dev = train, dev
+        self.train, self.dev, self.behind = train, dev, behind
         self.head = HeadModule(form.head) if form.head is not None and form.head.tensors else None
         self.order = BatchOrder(train, config.batch_size, config.seed)
         self.noise = Generator().manual_seed(config.seed)
@@ -71,15 +73,15 @@ class Trainee:
 
     def noisy(self) -> Trained:
         """Prompt and head with gradient, and with dropout if the method has any."""
-        return Trained(self.module(self.noise), self.answers())
+        return Trained(self.module(self.noise), self.answers(), self.behind)
 
     def plain(self) -> Trained:
         """Prompt and head as they stand, without dropout."""
-        return Trained(self.module(), self.answers())
+        return Trained(self.module(), self.answers(), self.behind)
 
     def untuned(self) -> Trained:
-        """The frozen model: no prompt, and the head as it started."""
-        return Trained(None, self.form.head)
+        """What there is without this prompt, with the head as it started."""
+        return Trained(None, self.form.head, self.behind)
 
     def answers(self) -> Head | None:
         """The head as it stands, if the task has one."""
