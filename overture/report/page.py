@@ -33,9 +33,9 @@ class PromptSummary:
     base_parameters: int
     """Numbers in the frozen base model."""
     loss_before: float
-    """Dev loss of the frozen model, nats per target token."""
+    """Dev loss of the frozen model, nats per target: a token, a word or a row."""
     loss_after: float
-    """Dev loss with the prompt, nats per target token."""
+    """Dev loss with the prompt, nats per target: a token, a word or a row."""
     seconds: float
     """Wall time of the run that made it."""
     train_curve: Curve = ()

@@ -87,18 +87,18 @@ def own_labels(model: PreTrainedModel) -> tuple[str, ...]:
 
 @contextmanager
 def using_heads(
-    model: PreTrainedModel, heads: Sequence[Head | None], prompted: bool, current: Callable[[], bool]
+    model: PreTrainedModel, heads: Sequence[Head | None], pools: bool, current: Callable[[], bool]
 ) -> Iterator[None]:
     """Answer each row's head with its own, for forward passes inside.
 
     Args:
         model: the model.
         heads: per row; one serves any batch.
-        prompted: whether any row has a prompt.
+        pools: whether a model that answers at one position of a text shall find it by the attention mask.
         current: whether the rows are still those of this context, and not of one inside it.
     """
     own = any(head is not None and head.tensors for head in heads)
-    pools = prompted and task_of(model) == "sequence-classification" and _reads_forward(ModelSpec.of(model))
+    pools = pools and task_of(model) == "sequence-classification" and _reads_forward(ModelSpec.of(model))
     if not own and not pools:
         yield
         return

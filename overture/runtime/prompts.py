@@ -85,8 +85,9 @@ def prompts(
     prefixes = PrefixRows.stack(as_prefixes(model, host, ahead), host.spec.layers, execution_device(model))
     inside = TokenRows(tokens, batch.slots) if batch is not None and batch.slots is not None else None
     ready = Rows(len(listed), prefixes, inside, cast(Path, attention), sliding == "window")
-    prompted = any(row is not None for row in listed)
-    heading = using_heads(model, answers, prompted, lambda: host.rows is ready)
+    # The plain model stays what it is, unless it is asked for as one of several.
+    pools = heads is not None or any(row is not None for row in listed)
+    heading = using_heads(model, answers, pools, lambda: host.rows is ready)
     with host.using(ready), prefixes_as_arguments(model), heading:
         yield
 

@@ -168,6 +168,21 @@ def test_a_decoder_answers_at_the_last_real_token(
     assert model.config.pad_token_id == pad
 
 
+@pytest.mark.parametrize("family", DECODERS)
+def test_a_decoder_without_a_padding_id_is_tuned_and_asked(
+    family: str, make_model: Make, tokenizer: Any, reviews: list[dict[str, Any]]
+) -> None:
+    """transformers refuses a batch there. Oracle: its answer to each row alone, without a prompt."""
+    model = make_model(family, TASK, pad_token_id=None)
+    result = tune(model, tokenizer, METHODS["prompt"], reviews[:6], config=TuneConfig(steps=1))
+    assert result.frozen_loss > 0
+    for found, text in zip(ov.predict(model, tokenizer, TEXTS), TEXTS, strict=True):
+        alone = model(tokenizer(text, return_tensors="pt")["input_ids"]).logits[0].softmax(-1)
+        assert [*found.probabilities.values()] == pytest.approx(alone.tolist(), rel=1e-6)
+    with torch.no_grad(), prompts(model, None), pytest.raises(ValueError, match="no padding token"):
+        model(torch.ones(2, 3, dtype=torch.long))
+
+
 def test_virtual_tokens_stand_behind_cls(make_model: Make, tokenizer: Any) -> None:
     """Oracle: the embeddings written out by hand behind the first token, given to transformers' own model."""
     model = make_model("bert", TASK)
