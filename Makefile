@@ -1,18 +1,21 @@
 # Every target works from a fresh clone: what a target needs is installed into .venv first. `make help` lists them.
 #
 #   PYTHON       the Python to make .venv with (3.11 or later); default python3
+#   WORKERS      processes that run tests, about 1.5 GB each; default 2
 #   TORCH_INDEX  where to get torch from, such as https://download.pytorch.org/whl/cpu; default: pip's own index
 
 PYTHON ?= python3
+WORKERS ?= 2
 TORCH_INDEX ?=
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-all compat check format bench clean distclean
+.PHONY: help install demo test test-slow test-all compat check format bench clean distclean
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -23,10 +26,13 @@ demo: .venv/installed ## Tune a few prompts on the embedded model and write demo
 	$(BIN)/overture demo --out demo_out
 
 test: .venv/installed-dev ## Run the tests, without the slow ones.
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
+
+test-slow: .venv/installed-dev ## Run the slow ones: with them, all.
+	$(PYTEST) -m slow
 
 test-all: .venv/installed-dev ## Run all tests.
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 compat: .venv/installed-dev ## Run the whole compatibility matrix and write docs/compatibility.md from it.
 	mkdir -p build
