@@ -197,11 +197,11 @@ def _run(
     at: dict[str, Any] = {} if first is None else {"position_ids": (positions + first)[None]}
     with host.using(None), _not_checkpointed(model):
         # Shorter prompts are filled up behind their end, where a decoder's earlier positions cannot look.
-        host.seam.window = TokenRows(tokens, slots) if tokens else None
+        host.seam.expect(TokenRows(tokens, slots) if tokens else None)
         try:
             host.stacks[0](input_ids=ids.to(device), use_cache=False, **at, **{dispatch.KEYWORD: recorder})
         finally:
-            host.seam.window = None
+            host.seam.expect(None)
 
 
 def _run_both(

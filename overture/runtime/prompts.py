@@ -17,6 +17,7 @@ from overture.runtime.attention import Path
 from overture.runtime.compile import compile_prefixes
 from overture.runtime.embedding import TokenRows
 from overture.runtime.encode import Encoded
+from overture.runtime.fit import require_fit
 from overture.runtime.heads import check_head, using_heads
 from overture.runtime.host import Host, Rows, stands_in_text
 from overture.runtime.recompute import prefixes_as_arguments
@@ -144,9 +145,9 @@ def check(host: Host, row: RowPrompt) -> None:
                 )
     elif isinstance(row, SoftPrompt):
         row.check_base(host.spec.base)
-        host.check(row.value)
+        require_fit(host.spec, row.value)
     elif isinstance(row, VirtualTokens | KVPrefix):
-        host.check(row)
+        require_fit(host.spec, row)
     elif row is not None and not isinstance(row, BlockInputs):
         raise ConfigError(
             expected="a SoftPrompt, VirtualTokens, a KVPrefix, a tuple of them or None for every row",

@@ -102,7 +102,11 @@ def test_text_alone(built, side, texts, pad):
     model, _, _ = built
     texts = [text % 57 for text in texts[:2]]
     batch, windows = pad(texts, side)
+    untouched = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     assert ModelSpec.of(model).runs_ahead
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    with prompts(model, [None, None]):
+        assert torch.equal(model(**inputs).logits, untouched)
     with prompts(model, [words(model), None]):
         got = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     wanted = model(input_ids=torch.cat([WORDS, texts[0]])[None]).logits[0, len(WORDS) :]

@@ -1,0 +1,69 @@
+"""What the hooks of one model read and write, and the hooks that end a forward pass.
+
+`torch.compile` can follow them here, and nowhere beyond.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
+
+from overture.errors import UnsupportedModelError
+from overture.runtime.embedding import TokenRows
+
+__all__ = ["Seam", "after", "done", "embedded", "is_compiled", "seam_of"]
+
+
+@dataclass(slots=True, eq=False)
+class Seam:
+    """The state of one model's hooks."""
+
+    active: bool = False
+    """True while prompts are set."""
+    window: TokenRows | None = None
+    """What the embedding of this forward pass writes over its input."""
+    written: bool = False
+    """True once it did."""
+
+    def expect(self, window: TokenRows | None) -> None:
+        """Let the embedding of the next forward pass write `window`."""
+        self.window, self.written = window, False
+
+
+def seam_of(module: nn.Module) -> Seam:
+    """The seam of a module that is hooked."""
+    seam: Any = module.overture_seam
+    return cast(Seam, seam)
+
+
+def done(module: nn.Module, args: Any, output: Any) -> None:
+    """After a pass that went well: raise `UnsupportedModelError` if nothing read the virtual tokens."""
+    if seam_of(module).window is not None and not seam_of(module).written:
+        raise UnsupportedModelError(
+            expected="a model that reads token ids through its input embedding",
+            got=f"{type(module).__name__}, which did not call it",
+            do="use Prefix Tuning on this model, or pass inputs_embeds",
+        )
+
+
+def after(module: nn.Module, args: Any, output: Any) -> None:
+    """After every pass, also one that failed: what was meant for its embedding is not for the next one's."""
+    if seam_of(module).window is not None:
+        seam_of(module).window = None
+
+
+def embedded(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+    """After the embedding: write the virtual tokens of this pass over its output."""
+    window = seam_of(module).window
+    if window is None:
+        return None
+    seam_of(module).written = True
+    return window.write(output)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """True if the module's forward pass is compiled, but not its hooks."""
+    return isinstance(module, OptimizedModule) or hasattr(module.forward, "_torchdynamo_orig_callable")
