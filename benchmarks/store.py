@@ -49,7 +49,7 @@ ROWS = {
 }
 """What is measured, and its target in milliseconds."""
 
-Times = defaultdict[str, list[float]]
+Times = defaultdict[str, list[tuple[float, float]]]
 
 
 def make_prompt(seed: int, length: int) -> SoftPrompt:
@@ -65,11 +65,12 @@ def make_prompt(seed: int, length: int) -> SoftPrompt:
 
 
 @contextmanager
-def timed(into: list[float]) -> Iterator[None]:
-    """Append the milliseconds that the block takes."""
-    start = time.perf_counter_ns()
+def timed(into: list[tuple[float, float]]) -> Iterator[None]:
+    """Append the milliseconds that the block takes, and those of them in which this process ran."""
+    start, ran = time.perf_counter_ns(), time.process_time_ns()
     yield
-    into.append((time.perf_counter_ns() - start) / 1e6)
+    ran = time.process_time_ns() - ran
+    into.append(((time.perf_counter_ns() - start) / 1e6, ran / 1e6))
 
 
 def build(root: Path, count: int, key: Key | None = None) -> None:
@@ -145,13 +146,14 @@ def render(times: Times, facts: dict[str, str], arguments: argparse.Namespace) -
     """The report."""
     lines = []
     for kind, (text, target) in ROWS.items():
-        found = sorted(times[kind])
+        found, ran = sorted(wall for wall, _ in times[kind]), [cpu for _, cpu in times[kind]]
         if not found:
             continue
         text = text.format(tenants=TENANTS, each=(arguments.prompts - LOADED) // TENANTS, count=arguments.prompts)
         low, middle, high = found[len(found) // 10], median(found), found[len(found) * 9 // 10]
         wanted = "" if target is None else f"< {shown(target)}"
-        lines.append(f"| {text} | {shown(middle)} | {shown(low)} to {shown(high)} | {len(found):,} | {wanted} |")
+        spread = f"{shown(low)} to {shown(high)}"
+        lines.append(f"| {text} | {shown(middle)} | {spread} | {shown(median(ran))} | {len(found):,} | {wanted} |")
     versions = {name: version(name) for name in ("torch", "sqlalchemy", "cryptography")}
     versions |= {"Python": platform.python_version(), "SQLite": sqlite3.sqlite_version}
     facts = facts | {
@@ -165,10 +167,11 @@ def render(times: Times, facts: dict[str, str], arguments: argparse.Namespace) -
             f"# The store with {arguments.prompts:,} prompts",
             "",
             f"Made by `{shlex.join(['python', *sys.argv])}`. Prefixes have the shapes of `tiny` in float32.",
-            "Medians, and the range from the first to the last decile.",
+            "Medians, and the range from the first to the last decile; apart from it, the median of the time in which the",
+            "process ran, and did not wait for the disk or for other programs.",
             "",
-            "| what | median | 10 % to 90 % | times | target |",
-            "|---|---|---|---|---|",
+            "| what | median | 10 % to 90 % | of it running | times | target |",
+            "|---|---|---|---|---|---|",
             *lines,
             "",
             "| | |",
@@ -198,7 +201,11 @@ def main() -> None:
     arguments.out.parent.mkdir(exist_ok=True)
     arguments.out.write_text(report, encoding="utf-8")
     print(report)
-    missed = [kind for kind, (_, target) in ROWS.items() if target is not None and median(times[kind]) >= target]
+    missed = [
+        kind
+        for kind, (_, target) in ROWS.items()
+        if target is not None and median(wall for wall, _ in times[kind]) >= target
+    ]
     raise SystemExit(f"missed: {', '.join(missed)}" if missed else 0)
 
 
