@@ -49,6 +49,9 @@ def obstacle(
     """Why this call of the model's attention function cannot be merged; None if it can."""
     if inner is not sdpa_attention_forward:
         return f"attention by {getattr(inner, '__name__', 'another function')}"
+    if 0 in query.shape or 0 in key.shape:
+        # The kernels divide by sizes; some end the process then.
+        return "no queries or no keys"
     for name in _REFUSED:
         option = options.get(name)
         if isinstance(option, Tensor) or option:

@@ -10,8 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention as sdpa
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from overture.prompt import KVPrefix
+from overture.runtime import merge
 from overture.runtime.attention import PrefixAttention
 from overture.runtime.rows import Fold, PrefixRows
 from overture.spec import AttentionLayer
@@ -53,8 +55,6 @@ def _stack(prefixes, kv_heads):
 
 
 def _attend(query, key, value, prefixes, mask, path="merge"):
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     module = _Module()
     module.num_key_value_groups = query.shape[1] // key.shape[1]
     rows = _stack(prefixes, key.shape[1])
@@ -204,3 +204,48 @@ def test_half_precision(dtype, path):
     assert all(mine.dtype == torch.float32 for mine in results[0][-2:])
     for mine, true in zip(*results, strict=True):
         torch.testing.assert_close(mine.double(), true, rtol=8 * unit, atol=8 * unit * true.abs().max().item())
+
+
+def test_autocast():
+    """Oracle: concatenation under the same autocast, where sdpa casts what it gets. Tolerance: as above, in bf16."""
+    generator = torch.Generator().manual_seed(0)
+    results = []
+    tensors = [
+        _noise(generator, 3, 2, 5, SIZE, dtype=dtype) for dtype in (torch.float32, torch.float32, torch.bfloat16)
+    ]
+    parts = [_noise(generator, 2, 4, SIZE, dtype=torch.float32) for _ in "kv"]
+    for path in ("merge", "concatenate"):
+        inputs = [t.detach().requires_grad_() for t in tensors]
+        leaves = [part.detach().requires_grad_() for part in parts]
+        prefix = KVPrefix(*((leaf,) for leaf in leaves))
+        with torch.autocast("cpu", torch.bfloat16):
+            output = _attend(*inputs, [prefix, None, prefix], None, path)
+        assert output.dtype == torch.bfloat16
+        results.append([output, *torch.autograd.grad(output.float().square().sum(), [*inputs, *leaves])])
+    for merged, concatenated in zip(*results, strict=True):
+        assert merged.dtype == concatenated.dtype
+        unit = 8 * torch.finfo(torch.bfloat16).eps
+        torch.testing.assert_close(merged, concatenated, rtol=unit, atol=unit * concatenated.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"dropout": 0.1}, "dropout"),
+        ({"position_bias": torch.zeros(1, 2, 4, 4)}, "position_bias"),
+        ({"softcap": 30.0}, "softcap"),
+        ({"s_aux": torch.zeros(2)}, "s_aux"),
+        ({"output_attentions": True}, "output_attentions"),
+        ({"dropout": 0.0, "position_bias": None, "sliding_window": 3}, None),
+    ],
+)
+def test_what_stands_in_the_way(options, reason):
+    """Oracle: what sdpa does with the option; a window has reached the mask already."""
+    tensors = [torch.zeros(1, 2, 4, SIZE) for _ in "qkv"]
+    assert merge.obstacle(sdpa_attention_forward, *tensors, None, options) == reason
+
+
+def test_nothing_is_not_for_the_kernels():
+    query, empty = torch.zeros(1, 2, 4, SIZE), torch.zeros(1, 2, 0, SIZE)
+    assert merge.obstacle(sdpa_attention_forward, query, empty, empty, None, {}) == "no queries or no keys"
+    assert merge.obstacle(sdpa_attention_forward, empty, query, query, None, {}) == "no queries or no keys"
