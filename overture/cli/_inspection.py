@@ -14,6 +14,7 @@ from torch.nn.functional import normalize
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from overture import dispatch
+from overture.errors import UnsupportedModelError
 from overture.prompt import KVPrefix, SoftPrompt, VirtualTokens
 from overture.runtime.attention import CallOrder, PrefixAttention
 from overture.runtime.compile import compile_prefixes
@@ -92,11 +93,17 @@ def attention_mass(
         Per layer and head, the mean over the text's positions of the softmax weight on the prompt, 0 to 1.
 
     Raises:
-        UnsupportedModelError: the model's attention cannot be reached.
+        UnsupportedModelError: the model's attention cannot be reached, or is that of an encoder-decoder.
     """
     host = Host.of(model)
     host.spec.require_prefix()
-    batch = encode(tokenizer, [item], [prompt]).to(execution_device(model))
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModelError(
+            expected="an encoder or a decoder, whose text attends to the prompt",
+            got=f"{host.spec.base.architecture}, an encoder-decoder, which reads one text and writes another",
+            do="inspect the prompt without --model",
+        )
+    batch = encode(tokenizer, [item], [prompt], spec=host.spec).to(execution_device(model))
     prefix = compiled(prompt, model)
     arguments: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     if prefix is not None:

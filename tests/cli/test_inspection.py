@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BartConfig, BartForConditionalGeneration
 
 from overture.cli._inspection import attention_mass, compiled, nearest_words, norms
+from overture.errors import UnsupportedModelError
 from overture.models.load import load_base
 from overture.prompt import SoftPrompt, VirtualTokens
 from overture.spec import ModelSpec
@@ -55,3 +56,12 @@ def test_norms_per_layer(llama: Path) -> None:
     assert prefix is not None
     found = norms(prefix.map(lambda t: torch.full_like(t, 2.0)))
     assert found == [{"keys": pytest.approx(2 * 8**0.5), "values": pytest.approx(2 * 8**0.5)}] * 2
+
+
+def test_attention_mass_is_refused_where_text_is_read_twice(llama: Path) -> None:
+    _, tokenizer = load_base(str(llama))
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    model = BartForConditionalGeneration(BartConfig(vocab_size=61, d_model=16, **sizes)).eval()
+    prompt = SoftPrompt(VirtualTokens(torch.randn(3, 16)), ModelSpec.of(model).base)
+    with pytest.raises(UnsupportedModelError, match=r"bart, an encoder-decoder.*Inspect the prompt without --model"):
+        attention_mass(prompt, model, tokenizer, TEXT)
