@@ -22,7 +22,7 @@ class TuneConfig:
     """Forward passes per step, 1 or more; the loss is the mean over all targets of a step."""
     learning_rate: float | None = None
     """Peak step size, above 0, in units of the model's own embedding or key scale; None for the method's default."""
-    head_learning_rate: float = 3e-3
+    head_learning_rate: float = 1e-2
     """Peak step size of a classification head's own weights, above 0."""
     optimizer: str = "adamw"
     """`"adamw"`, or `"adafactor"` without parameter scaling (arXiv:2104.08691)."""
