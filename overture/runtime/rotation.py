@@ -9,6 +9,7 @@ Shape suffixes: N tokens, P positions, K key/value heads, D head size, R planes.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,7 +24,7 @@ from overture import dispatch
 from overture.errors import ConfigError, ContextLengthError, UnsupportedModelError
 from overture.prompt import KVPrefix
 from overture.runtime.host import Host
-from overture.spec import execution_device, measuring
+from overture.spec import ModelSpec, execution_device, measuring
 
 __all__ = ["concatenated", "shifted"]
 
@@ -33,8 +34,8 @@ _TOKENS = 8
 """Tokens whose keys are compared at every position; each has several heads, and rounding averages out."""
 _SPREAD = 64
 """Tokens, each at a position of its own, that show which axes make a plane."""
-_ENDLESS = 4096
-"""Positions to look at in a model that names no limit."""
+_FAR = 2**17
+"""Positions among which those are that show the planes: slow ones need time to turn."""
 
 
 def concatenated(prefixes: Sequence[KVPrefix]) -> KVPrefix:
@@ -68,8 +69,8 @@ def shifted(model: PreTrainedModel, prefix: KVPrefix, offset: int) -> KVPrefix:
         UnsupportedModelError: what a position does to a key is no rotation.
     """
     host = Host.of(model)
-    end, limit = offset + prefix.length, host.spec.max_positions
-    if limit is not None and end > limit:
+    end, limit = offset + prefix.length, _limit(host.spec)
+    if end > limit:
         raise ContextLengthError(
             expected=f"prompts of together at most {limit} virtual tokens, the model's context",
             got=str(end),
@@ -122,7 +123,7 @@ class _Rotation:
         self.model, self.host = model, host
         generator = torch.Generator().manual_seed(0)
         self.ids = torch.randint(host.spec.vocab_size, (_SPREAD,), generator=generator)
-        spread = torch.linspace(1, (host.spec.max_positions or _ENDLESS) - 1, _SPREAD).long()
+        spread = torch.linspace(1, min(_limit(host.spec), _FAR) - 1, _SPREAD).long()
         still, still_values = self._activations(self.ids, torch.zeros_like(spread))
         moved, moved_values = self._activations(self.ids, spread)
         tolerance = _tolerance(model)
@@ -147,7 +148,7 @@ class _Rotation:
 
     def _measured(self, start: int) -> list[Complex[Tensor, "P R"]]:
         """Per layer, what turns a key from position 0 to each position of the block that begins at `start`."""
-        positions = torch.arange(start, min(start + _BLOCK, self.host.spec.max_positions or start + _BLOCK))
+        positions = torch.arange(start, min(start + _BLOCK, _limit(self.host.spec)))
         ids = self.ids[:_TOKENS]
         still, _ = self._activations(ids, torch.zeros_like(ids))
         moved, _ = self._activations(ids.repeat(len(positions)), positions.repeat_interleave(_TOKENS))
@@ -217,6 +218,11 @@ def _planes(still: Float[Tensor, "N K D"], moved: Float[Tensor, "N K D"]) -> _Pl
     partner = (lengths[:, None] + lengths + 2 * gains.T @ gains).fill_diagonal_(torch.inf).argmin(1)
     axes = torch.arange(len(partner))
     return _Planes(torch.where((partner[partner] == axes) & (lengths > 0), partner, axes))
+
+
+def _limit(spec: ModelSpec) -> int:
+    """Positions that there are. One beyond the reach of a rotary embedding would change the angles of all others."""
+    return min((limit for limit in (spec.max_positions, spec.rotary_limit) if limit is not None), default=sys.maxsize)
 
 
 def _tolerance(model: PreTrainedModel) -> float:

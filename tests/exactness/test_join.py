@@ -248,6 +248,26 @@ def _off(got, wanted):
     return float((got.double() - wanted.double()).norm() / wanted.double().norm())
 
 
+def test_a_rotation_that_changes_with_the_length_of_the_text():
+    """Beyond its first context this model turns all keys in another way. Oracle: its own keys before that."""
+    torch.manual_seed(0)
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0, 1.2, 1.3, 1.5],
+        "long_factor": [2.0, 2.5, 3.0, 4.0],
+        "original_max_position_embeddings": 40,
+    }
+    config = hf.Phi3Config(**_GROUPED, original_max_position_embeddings=40, rope_parameters=rope)
+    model = hf.Phi3ForCausalLM(config).double().eval()
+    _, wanted, got = _lone_keys(model, 20)
+    for key, expected in zip(got, wanted, strict=True):
+        assert _off(key, expected) < 2 * torch.finfo(key.dtype).eps
+    tokens = VirtualTokens(torch.randn(21, 32, dtype=torch.float64))
+    with pytest.raises(ContextLengthError, match="at most 40 virtual tokens"):
+        join(model, tokens, tokens)
+
+
 def test_keys_that_are_not_turned_planes_are_refused():
     """HunYuan weighs its keys after their rotation, axis by axis."""
     torch.manual_seed(0)
