@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -94,6 +95,11 @@ class Method(ABC):
     @property
     def template_(self) -> Template | None:
         """Where the virtual tokens stand; None for in front of the text."""
+        return None
+
+    @property
+    def words(self) -> Mapping[str, str | Sequence[str]] | None:
+        """The words that say each label at the mask; None if labels are not said in words of their own."""
         return None
 
     @property

@@ -58,6 +58,11 @@ class PTuning(Method):
         return Template.parse(self.template) if self.template else None
 
     @property
+    def words(self) -> Mapping[str, str | Sequence[str]] | None:
+        """The verbalizer."""
+        return self.verbalizer
+
+    @property
     def learning_rate(self) -> float:
         """Peak step size when a run names none; smaller through an encoder, which multiplies it."""
         return 3e-1 if self.encoder == "none" else 2e-3

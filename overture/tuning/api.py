@@ -200,10 +200,9 @@ def _trainee(
         rows, dev_rows = _split(rows, config)
     template = method.template_ if behind is None else common_template([method.template_, behind.template])
     form = Form(tokenizer=tokenizer, template=template)
-    words = getattr(method, "verbalizer", None)
     with frozen(model):
         module = method.build(Frozen(model, tokenizer), Generator().manual_seed(config.seed))
-        head = task.head(model, form, [*rows, *dev_rows], words, Generator().manual_seed(config.seed))
+        head = task.head(model, form, [*rows, *dev_rows], method.words, Generator().manual_seed(config.seed))
     module.to(execution_device(model))
     form = replace(form, head=head)
     with torch.no_grad():

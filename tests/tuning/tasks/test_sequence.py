@@ -112,6 +112,17 @@ def test_every_layer_behind_the_backbone_is_the_head(make_model: Make) -> None:
     assert [*head_modules(make_model("llama", TASK))] == ["score"]
 
 
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_rows_of_an_encoder_decoder_equal_the_rows_alone(family: str, make_model: Make, tokenizer: Any) -> None:
+    """It pools at the last end-of-text token, which the tokenizer writes. Oracle: each row alone."""
+    model = make_model(family, TASK)
+    rows = random_prompts(model)
+    together = logits(model, tokenizer, TEXTS, rows)
+    for got, text, row in zip(together, TEXTS, rows, strict=True):
+        alone = logits(model, tokenizer, [text], [row])[0]
+        torch.testing.assert_close(got[: len(alone)], alone, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_rows_with_different_heads_equal_the_rows_alone(
     family: str, side: str, make_model: Make, tokenizer: Any
