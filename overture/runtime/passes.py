@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from overture.errors import ContextLengthError
+from overture.errors import ContextLengthError, UnsupportedModelError
 from overture.runtime.embedding import TokenRows
 from overture.spec import ModelSpec
 
@@ -61,7 +61,20 @@ class Pass:
             else:
                 positions = torch.arange(self.start, self.start + self.length, device=self.text.device)[None]
             positions = positions + (spec.first_position or 0)
+        elif spec.first_position and self.start == 0:
+            self._check_first(positions, spec.first_position)
         return positions if offsets is None else positions + offsets.to(positions.device)[:, None]
+
+    def _check_first(self, positions: Int[Tensor, "... T"], first: int) -> None:
+        mask = self.kwargs.get("attention_mask")
+        seen = mask.bool() if isinstance(mask, Tensor) and mask.shape == positions.shape else positions == positions
+        least = int(positions[seen].min())
+        if least < first:
+            raise UnsupportedModelError(
+                expected=f"position ids from {first}, where this model's text begins",
+                got=f"{least}, such as transformers' generate passes to a decoder of this kind",
+                do="leave position_ids out, and generate with a model such as Llama or GPT-2",
+            )
 
 
 def check_room(spec: ModelSpec, positions: Int[Tensor, "... T"], *, ahead: bool) -> None:

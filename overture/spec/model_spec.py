@@ -123,6 +123,7 @@ def _probe(model: PreTrainedModel) -> ModelSpec:
         base = identify(model, layers)
         scale = embedding_scale(model)
     longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    longest = longest if longest and longest > 0 else None  # XLNet says -1
     return ModelSpec(
         base=base,
         hidden_size=int(table.shape[1]),

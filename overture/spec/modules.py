@@ -72,9 +72,14 @@ def token_embedding(model: PreTrainedModel) -> nn.Module:
     """The module that embeds what the model reads: in an encoder-decoder the encoder's own.
 
     Models inside the model may each have a module of their own over one table (T5): the innermost is the one called.
+
+    Raises:
+        UnsupportedModelError: it reads no tokens.
     """
     reader = text_encoder(model) or model
-    found = reader.get_input_embeddings()
+    found = _input_embeddings(reader)
+    if found is None:
+        raise _no_table(model)
     for module in backbone(reader).modules():
         own = _input_embeddings(module)
         if own is not None and own is not found and getattr(own, "weight", None) is getattr(found, "weight", own):
@@ -97,12 +102,16 @@ def embedding_table(model: PreTrainedModel) -> torch.Tensor:
     """
     weight: torch.Tensor | None = getattr(token_embedding(model), "weight", None)
     if weight is None:
-        raise UnsupportedModelError(
-            expected="a model with an input embedding table",
-            got=type(model).__name__,
-            do="pass a transformers text model, such as AutoModelForCausalLM.from_pretrained(...)",
-        )
+        raise _no_table(model)
     return weight
+
+
+def _no_table(model: PreTrainedModel) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        expected="a model with an input embedding table",
+        got=type(model).__name__,
+        do="pass a transformers text model, such as AutoModelForCausalLM.from_pretrained(...)",
+    )
 
 
 def stack(model: PreTrainedModel, modules: Iterable[nn.Module]) -> PreTrainedModel:

@@ -6,7 +6,18 @@ import threading
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel, GPTJConfig, GPTJForCausalLM
+from transformers import (
+    BertConfig,
+    BertModel,
+    CLIPConfig,
+    CLIPModel,
+    GPTJConfig,
+    GPTJForCausalLM,
+    RobertaConfig,
+    RobertaForCausalLM,
+    ViTConfig,
+    ViTModel,
+)
 
 from overture.errors import (
     BaseMismatchError,
@@ -143,3 +154,22 @@ def test_two_threads_on_one_model(model):
             pass
     assert len(seen) == 1
     _enter(model, tokens)
+
+
+def test_models_without_a_table_of_tokens():
+    eye = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    eye |= {"image_size": 8, "patch_size": 4}
+    text = {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    for model in (ViTModel(ViTConfig(**eye)), CLIPModel(CLIPConfig(text_config=text, vision_config=eye))):
+        with pytest.raises(UnsupportedModelError, match=r"an input embedding table; got (ViT|CLIP)Model"):
+            ModelSpec.of(model)
+
+
+def test_positions_that_begin_where_the_models_text_does_not(texts):
+    """transformers' generate counts from 0 for a decoder that counts from 2: a plain answer would be off, too."""
+    small = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = RobertaForCausalLM(RobertaConfig(**small, intermediate_size=48, is_decoder=True)).eval()
+    with prompts(model, VirtualTokens(torch.randn(3, 32))):
+        model(input_ids=texts[0][None], position_ids=torch.arange(2, 11)[None])
+        with pytest.raises(UnsupportedModelError, match=r"position ids from 2.*got 0"):
+            model.generate(texts[0][None], max_new_tokens=3, pad_token_id=1)
