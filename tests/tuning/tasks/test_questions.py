@@ -80,7 +80,9 @@ def test_answers_are_found_after_training(make_model: Make, tokenizer: Any) -> N
     mixed = ov.predict(model, tokenizer, questions, [result.prompt, None, result.prompt])
     assert (mixed[0].text, mixed[2].text) == ("ann", "")
     assert mixed[0].probability == pytest.approx(found[0].probability, rel=1e-6)
-    assert mixed[1] == ov.predict(model, tokenizer, questions[1:2])[0]
+    alone = ov.predict(model, tokenizer, questions[1:2])[0]
+    assert mixed[1].text == alone.text
+    assert mixed[1].probability == pytest.approx(alone.probability, rel=1e-9)  # fp64; the batch is padded
 
 
 def test_scores_are_squads() -> None:
