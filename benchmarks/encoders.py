@@ -307,11 +307,11 @@ Prefix Tuning against the rest:
 {margins}
 
 - Learned from the first {train_rows} training rows, measured on the first {dev_rows} dev rows: {steps} steps of
-  {batch_size} rows, texts cut at {max_length} tokens. The budget was small on purpose, about ten minutes of one core;
-  more rows and steps would raise every line.
-- Prompts were measured after the last step, and no step was chosen by the dev rows. Step sizes: {rates};
-  the head {head_rate}. Those of Prefix Tuning and of the head were chosen with one seed on the dev rows of
-  movie_sentences among five settings, the others were not tried.
+  {batch_size} rows, texts cut at {max_length} tokens. The budget was small on purpose, about a quarter of an hour of
+  one core; naive Bayes, which learns from the same rows, is above all of these.
+- Prompts were measured after the last step, and no step was chosen by the dev rows. Step sizes:
+  {rates}; the head {head_rate}. Those of Prefix Tuning and of the head were chosen with one seed on the dev rows of
+  movie_sentences among seven settings; those of the others were not tried.
 - *Trained alike*: the same head, step size, number of steps and rows a step, without a prompt. *Fitted to the end*:
   logistic regression on the same rows until nothing moves, with the weight decay that does best on the dev rows, so a
   bound from above.
