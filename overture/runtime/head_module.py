@@ -9,7 +9,7 @@ from torch import Generator, Tensor, nn
 from transformers import PreTrainedModel
 
 from overture.prompt import Head
-from overture.runtime.heads import head_modules
+from overture.runtime.heads import answers_with, head_modules
 from overture.spec import execution_device
 
 __all__ = ["HeadModule", "start_head"]
@@ -18,7 +18,7 @@ _SPREAD = 0.02
 
 
 def start_head(model: PreTrainedModel, task: str, labels: tuple[str, ...], generator: Generator) -> Head:
-    """Where a head starts: as the model's own. Outputs of another number than the model's start at random.
+    """Where a head starts: as the model's own. Outputs for other labels than the model's start at random.
 
     Args:
         model: the frozen model.
@@ -28,11 +28,12 @@ def start_head(model: PreTrainedModel, task: str, labels: tuple[str, ...], gener
     """
     modules = head_modules(model)
     output = next(reversed(modules))
+    kept = answers_with(model, labels)
     tensors: dict[str, Tensor] = {}
     for path, module in modules.items():
         for name, parameter in module.named_parameters(recurse=False):
             start = parameter.detach().float().clone()
-            if path == output and len(labels) != len(start):
+            if path == output and not (kept and len(labels) == len(start)):
                 spread = getattr(model.config, "initializer_range", _SPREAD) if start.ndim == 2 else 0.0
                 start = torch.randn(len(labels), *start.shape[1:], generator=generator) * spread
             tensors[f"{path}.{name}"] = start.to(execution_device(model))

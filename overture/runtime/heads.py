@@ -26,7 +26,7 @@ from overture.prompt import Head
 from overture.runtime.rows import repeats
 from overture.spec import ModelSpec, backbone, task_of
 
-__all__ = ["check_head", "head_modules", "own_labels", "using_heads"]
+__all__ = ["answers_with", "check_head", "head_modules", "own_labels", "using_heads"]
 
 
 def head_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -83,6 +83,14 @@ def own_labels(model: PreTrainedModel) -> tuple[str, ...]:
     """The names of the model's own outputs."""
     names = model.config.id2label or {}
     return tuple(str(name) for _, name in sorted(names.items(), key=lambda item: int(item[0])))
+
+
+def answers_with(model: PreTrainedModel, labels: Sequence[str]) -> bool:
+    """True if the model's own outputs are these labels: by their names, or by their number if it names none."""
+    own = own_labels(model)
+    if all(name == f"LABEL_{i}" for i, name in enumerate(own)):
+        return len(labels) == len(own)
+    return tuple(labels) == own
 
 
 @contextmanager
@@ -169,6 +177,7 @@ def _last_position(model: PreTrainedModel, first: nn.Module, current: Callable[[
     names = list(inspect.signature(model.forward).parameters)
     config: Any = model.config.get_text_config()
     last: Int[Tensor, " B"] | None = None
+    missing = config.pad_token_id is None
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal last
@@ -179,6 +188,14 @@ def _last_position(model: PreTrainedModel, first: nn.Module, current: Callable[[
         hidden: Tensor = args[0]
         if hidden.ndim != 3 or not current():
             return None
+        if last is None and not missing:
+            return None  # no mask: the model's padding id is all there is to go by
+        if last is None and len(hidden) > 1:
+            raise ConfigError(
+                expected="an attention_mask, because this model has no padding id to find a text's end by",
+                got="none",
+                do="pass the tokenizer's attention_mask to the model, too",
+            )
         at = hidden[:, -1] if last is None else hidden[torch.arange(len(hidden), device=hidden.device), last]
         return (at[:, None].expand_as(hidden), *args[1:])
 
@@ -187,7 +204,6 @@ def _last_position(model: PreTrainedModel, first: nn.Module, current: Callable[[
         first.register_forward_pre_hook(everywhere),
     ]
     # Without a padding id these models refuse a batch, because they could not find its ends.
-    missing = config.pad_token_id is None
     try:
         config.pad_token_id = 0 if missing else config.pad_token_id
         yield

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from overture.dispatch import require_masks
-from overture.errors import ConfigError
+from overture.errors import ConfigError, UnsupportedModelError
 from overture.prompt import BlockInputs, Head, KVPrefix, SoftPrompt, VirtualTokens
 from overture.runtime.attention import Path
 from overture.runtime.compile import compile_prefixes
@@ -23,6 +23,7 @@ from overture.runtime.host import Host, Rows, stands_in_text
 from overture.runtime.recompute import prefixes_as_arguments
 from overture.runtime.rotation import concatenated, shifted
 from overture.runtime.rows import PrefixRows
+from overture.runtime.seam import is_compiled
 from overture.spec import ModelSpec, execution_device, measuring, unwrapped
 
 __all__ = ["Piece", "RowPrompt", "as_prefixes", "check", "head_of", "prompts"]
@@ -69,13 +70,21 @@ def prompts(
     """
     _check_choice("attention", attention, get_args(Path))
     _check_choice("sliding", sliding, ("visible", "window"))
-    host, model = Host.of(model), unwrapped(model)
+    host, compiled, model = Host.of(model), is_compiled(model), unwrapped(model)
+    compiled |= is_compiled(model)
     listed = list(rows) if isinstance(rows, Sequence) and not isinstance(rows, str) else [rows]
     for row in listed:
         check(host, row)
     answers = [head_of(row) for row in listed] if heads is None else list(heads)
     for head in {id(head): head for head in answers if head is not None}.values():
         check_head(model, head)
+        if head.tensors and compiled:
+            # The hooks that exchange a head come and go, and compiled code goes on as it was compiled.
+            raise UnsupportedModelError(
+                expected="a model that is not compiled, for prompts with a head of their own",
+                got=f"a compiled {type(model).__name__}",
+                do="use the model itself, not what torch.compile made of it",
+            )
     if batch is not None and len(listed) == 1:
         listed *= len(batch.input_ids)
     tokens = [_tokens(row) if placed else None for row, placed in zip(listed, _placed(listed, batch), strict=True)]

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from overture.errors import ConfigError
 from overture.prompt import SoftPrompt
-from overture.runtime.heads import own_labels
+from overture.runtime.heads import answers_with, own_labels
 from overture.runtime.tokens import filler_id
 from overture.spec import ModelSpec, unwrapped
 from overture.template import Template
@@ -119,9 +119,9 @@ def _own(
 ) -> Form:
     """The form with the model's own head, if the task has one."""
     head = task.head(model, form, rows, verbalizer, Generator())
-    if head is not None and head.words is None and len(head.labels) != len(own := own_labels(model)):
+    if head is not None and head.words is None and not answers_with(model, head.labels):
         raise ConfigError(
-            expected=f"rows with the labels of the model's own head: {', '.join(own)}",
+            expected=f"rows with the labels of the model's own head: {', '.join(own_labels(model))}",
             got=f"the labels {', '.join(head.labels)}",
             do="evaluate a prompt, which brings a head of its own, or correct the labels",
         )

@@ -29,10 +29,20 @@ def label_name(value: object) -> str:
 
 
 def label_names(found: Iterable[str], model: PreTrainedModel) -> tuple[str, ...]:
-    """The labels of a run in the order of the outputs: the model's own if it has all, else those found, sorted."""
+    """The labels of a run in the order of the outputs: the model's own if it has all, else those found, sorted.
+
+    Raises:
+        DataError: there is only one.
+    """
     names, own = set(found), own_labels(model)
     if names <= set(own):
         return own
+    if len(names) == 1:
+        raise DataError(
+            expected="rows of at least two labels, to tell them apart",
+            got=f"the label {names.pop()!r} in every row",
+            do="add rows with other labels",
+        )
     return tuple(sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names))
 
 

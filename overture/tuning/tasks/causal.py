@@ -60,7 +60,8 @@ class CausalLM(Task):
             raise UnsupportedModelError(
                 expected="a causal language model",
                 got=f"{type(model).__name__}, a model that sees the text on both sides",
-                do="load the model with AutoModelForMaskedLM, or configure it as a decoder",
+                do="name the task (--task sequence-classification, token-classification, question-answering or "
+                "masked-lm), or load the model with the Auto class of that task",
             )
 
     def builder(self, rows: Sequence[Row], form: Form) -> Builder:

@@ -87,7 +87,10 @@ class MaskedLM(PredictingTask):
         if form.answered:
             target_column(rows, ("label",))
         spelled = [(label, some) for label, some in zip(head.labels, head.words or (), strict=True)] if head else []
-        choices = tuple(tuple(_word_id(tokenizer, w, f"the label {label!r}") for w in some) for label, some in spelled)
+        choices = tuple(
+            tuple(dict.fromkeys(_word_id(tokenizer, word, f"the label {label!r}") for word in some))
+            for label, some in spelled
+        )
 
         def build(row: Mapping[str, Any]) -> ClozeExample:
             read = encode_whole(tokenizer, row, template)
@@ -141,7 +144,9 @@ class MaskedLM(PredictingTask):
                 head = rows[place].head
                 best = shares.topk(min(_SHOWN, len(shares))).indices.tolist() if head is None else range(len(shares))
                 names = [_word(form, i) for i in best] if head is None else list(head.labels)
-                named = dict(zip(names, shares[list(best)].tolist(), strict=True))
+                named: dict[str, float] = {}
+                for name, share in zip(names, shares[list(best)].tolist(), strict=True):
+                    named[name] = named.get(name, 0.0) + share  # two tokens may be one word
                 found[place] = Label(max(named, key=named.__getitem__), named)
         return [found[place] for place in range(len(examples))]
 

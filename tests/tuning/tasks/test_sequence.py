@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import overture as ov
-from overture.errors import BaseMismatchError, ConfigError, DataError
+from overture.errors import BaseMismatchError, ConfigError, DataError, UnsupportedModelError
 from overture.prompt import Head, KVPrefix, SoftPrompt, VirtualTokens
 from overture.runtime.encode import encode
 from overture.runtime.head_module import start_head
@@ -363,16 +363,19 @@ def test_two_texts_are_told_apart(make_model: Make, tokenizer: Any) -> None:
     torch.testing.assert_close(loss[0].detach(), wanted.detach(), rtol=1e-9, atol=1e-9)
 
 
+OTHER = {"text": "b", "label": "y"}
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
         ([{"text": "a"}], "a column 'label' with the answer to learn"),
-        ([{"label": "x"}], r"a text, or an object with the column text .*\(row 1\)"),
+        ([{"label": "x"}, OTHER], r"a text, or an object with the column text .*\(row 1\)"),
         ([{"text": "a", "label": "x"}, {"text": " ", "label": "y"}], r"text in the column 'text'; got ' ' \(row 2\)"),
         ([{"text": "a", "label": 1.5}], r"a label: a word, or a whole number; got 1.5 \(row 1\)"),
         ([{"text": "a", "label": "x"}, {"text": "b"}], r"a label.*no 'label' \(row 2\)"),
-        ([{"text": "a", "text_pair": 3, "label": "x"}], r"text in the column 'text_pair'; got 3 \(row 1\)"),
-        ([{"text": "the " * 80, "label": "x"}], r"at most 60 tokens; got 82 tokens \(row 1\)"),
+        ([{"text": "a", "text_pair": 3, "label": "x"}, OTHER], r"text in the column 'text_pair'; got 3 \(row 1\)"),
+        ([{"text": "the " * 80, "label": "x"}, OTHER], r"at most 60 tokens; got 82 tokens \(row 1\)"),
     ],
 )
 def test_bad_rows_are_named(rows: Any, message: str, make_model: Make, tokenizer: Any) -> None:
@@ -422,3 +425,46 @@ def test_a_prompt_says_what_it_answers(make_model: Make, tokenizer: Any, reviews
     assert result.prompt.head.labels == ("yes", "no")
     assert json.dumps(result.prompt.metrics)
     assert result.stored_parameters == 4 * 32 + 2 * 32 + 2
+
+
+def test_without_a_mask_a_decoder_goes_by_its_padding_id(make_model: Make) -> None:
+    """Oracle: the row alone, without padding; fp64, so the tolerance is rounding."""
+    model = make_model("llama", "sequence-classification")
+    generator = torch.Generator().manual_seed(3)
+    prompt = VirtualTokens(torch.randn(3, 32, generator=generator, dtype=torch.float64))
+    ids = torch.tensor([[5, 6, 7, 8], [9, 10, 0, 0]])
+    with ov.prompts(model, prompt):
+        torch.testing.assert_close(model(input_ids=ids).logits[1], model(input_ids=ids[1:, :2]).logits[0])
+    model.config.pad_token_id = None
+    with ov.prompts(model, prompt), pytest.raises(ConfigError, match="attention_mask"):
+        model(input_ids=ids)
+
+
+def test_a_head_is_refused_on_compiled_code(make_model: Make) -> None:
+    model = make_model("bert", "sequence-classification")
+    head = start_head(model, "sequence-classification", ("a", "b", "c"), torch.Generator())
+    compiled = torch.compile(model, backend="eager")
+    with pytest.raises(UnsupportedModelError, match="not compiled"), ov.prompts(compiled, [None], heads=[head]):
+        pass
+
+
+def test_a_head_for_other_labels_starts_afresh(make_model: Make, tokenizer: Any) -> None:
+    """As many labels as the model has are not the model's labels; its outputs may not answer for them."""
+    model = make_model("bert", "sequence-classification")
+    model.config.id2label = {0: "POSITIVE", 1: "NEGATIVE"}
+    output = model.classifier.weight[:2]
+    started = [
+        start_head(model, "sequence-classification", labels, torch.Generator()).tensors["classifier.weight"]
+        for labels in (("POSITIVE", "NEGATIVE"), ("negative", "positive"))
+    ]
+    torch.testing.assert_close(started[0], output.float())
+    assert not torch.allclose(started[1], output.float())
+    rows = [{"text": "a good film", "label": "positive"}, {"text": "a bad film", "label": "negative"}]
+    with pytest.raises(ConfigError, match="POSITIVE, NEGATIVE"):
+        ov.evaluate(model, tokenizer, None, rows)
+
+
+def test_one_label_is_nothing_to_tell_apart(make_model: Make, tokenizer: Any) -> None:
+    rows = [{"text": "a good film", "label": "good"}] * 4
+    with pytest.raises(DataError, match="at least two labels"):
+        tune(make_model("bert", "sequence-classification"), tokenizer, ov.PromptTuning(num_virtual_tokens=2), rows)
