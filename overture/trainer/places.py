@@ -91,6 +91,10 @@ class Places:
         return begin + len(specials) * found.int()
 
 
+_AT_POSITIONS = ("logits", "start_logits", "end_logits", "last_hidden_state", "hidden_states")
+"""Outputs that answer at every position. What is pooled does not; attention weights show the places, too."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Layout:
     """Where the columns of a batch go."""
@@ -151,7 +155,8 @@ class Opened:
         if isinstance(output, tuple):
             return self.layout.narrowed(output)
         for name, value in output.items():
-            output[name] = self.layout.narrowed(value)
+            if name in _AT_POSITIONS:
+                output[name] = self.layout.narrowed(value)
         return output
 
     def close_generated(self, output: Any) -> Any:

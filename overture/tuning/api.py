@@ -226,6 +226,12 @@ def _check_behind(model: PreTrainedModel, behind: SoftPrompt, method: Method, va
             got=f"the template {method.template_.source!r}",
             do="leave behind out, or the virtual tokens inside the text",
         )
+    if behind.head is not None:
+        raise ConfigError(
+            expected="a prompt without a head to train behind, because one row has one head",
+            got=f"{behind.name!r} with a head for {', '.join(behind.head.labels[:8])}",
+            do="pass dataclasses.replace(prompt, head=None), or leave behind out",
+        )
     check(Host.of(model), (behind, value))
 
 

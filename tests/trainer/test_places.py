@@ -297,3 +297,16 @@ def test_inputs_without_room_are_refused(marked):
     ):
         with pytest.raises(ConfigError, match=f"to make places for virtual tokens in; got {got}"):
             model(**inputs)
+
+
+def test_what_is_pooled_stays_whole(marked):
+    """Also where its size is the row's length by chance: 16 numbers, 12 tokens and 4 places."""
+    from transformers import BertConfig, BertModel
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    base = BertModel(BertConfig(vocab_size=61, **sizes)).eval()
+    output = ov.PromptModel(base, ov.PromptTuning(num_virtual_tokens=4), tokenizer=marked)(
+        input_ids=torch.arange(12)[None]
+    )
+    assert output.pooler_output.shape == (1, 16)
+    assert output.last_hidden_state.shape == (1, 12, 16)
