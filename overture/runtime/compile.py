@@ -23,6 +23,7 @@ from overture.errors import ContextLengthError, UnsupportedModelError
 from overture.prompt import BlockInputs, KVPrefix, VirtualTokens
 from overture.runtime.embedding import TokenRows
 from overture.runtime.host import Host
+from overture.runtime.recorder import KeyValueRecorder
 from overture.spec import ModelSpec, backbone, block_modules, execution_device, handing_on, token_embedding
 
 __all__ = ["Frozen", "compile_prefixes"]
@@ -57,7 +58,7 @@ def compile_prefixes(model: PreTrainedModel, values: Sequence[VirtualTokens | Bl
             do="keep the virtual tokens in the input: name the batch in prompts(model, rows, batch)",
         )
     lengths = [value.length for value in values]
-    recorder = _KeyValueRecorder()
+    recorder = KeyValueRecorder()
     with ExitStack() as stack:
         if blocks:
             stack.enter_context(_replaced_inputs(model, host.spec, _padded([b.hidden for b in blocks], dim=1)))
@@ -109,7 +110,7 @@ class Frozen:
         On a model that attends in both directions they are those of the tokens alone. The encoder and the decoder of
         an encoder-decoder both read them.
         """
-        recorder = _KeyValueRecorder()
+        recorder = KeyValueRecorder()
         host = Host.of(self.model)
         if self.model.config.is_encoder_decoder:
             embedded = tokens.embeddings if isinstance(tokens, VirtualTokens) else self.embed(tokens)
@@ -125,7 +126,7 @@ class Frozen:
         host = Host.of(self.model)
         _require_one_stack(host)
         with _recorded_inputs(self.model, host.spec) as hidden:
-            self._run(host, tokens, _KeyValueRecorder())
+            self._run(host, tokens, KeyValueRecorder())
         if any(h.ndim != 3 for h in hidden):
             raise UnsupportedModelError(
                 expected="blocks whose input is [rows, positions, hidden]",
@@ -134,7 +135,7 @@ class Frozen:
             )
         return BlockInputs(torch.stack([h[0] for h in hidden]).float().cpu())
 
-    def _run(self, host: Host, tokens: VirtualTokens | Int[Tensor, " N"], recorder: _KeyValueRecorder) -> None:
+    def _run(self, host: Host, tokens: VirtualTokens | Int[Tensor, " N"], recorder: KeyValueRecorder) -> None:
         if isinstance(tokens, VirtualTokens):
             _run(self.model, host, [tokens], [tokens.length], recorder)
         else:
@@ -151,34 +152,12 @@ def _require_one_stack(host: Host) -> None:
         )
 
 
-class _KeyValueRecorder:
-    """An attention handler that keeps every layer's keys and values."""
-
-    def __init__(self) -> None:
-        self.keys: list[Float[Tensor, "U K P D"]] = []
-        self.values: list[Float[Tensor, "U K P E"]] = []
-
-    def attend(
-        self,
-        inner: dispatch.AttentionFunction,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Any,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        self.keys.append(key)
-        self.values.append(value)
-        return inner(module, query, key, value, attention_mask, **kwargs)
-
-
 def _run(
     model: PreTrainedModel,
     host: Host,
     tokens: Sequence[VirtualTokens],
     lengths: Sequence[int],
-    recorder: _KeyValueRecorder,
+    recorder: KeyValueRecorder,
     ids: Int[Tensor, "U P"] | None = None,
 ) -> None:
     """Run the model over P positions per prompt: `tokens` (if any), or real tokens, at its input."""
@@ -205,7 +184,7 @@ def _run(
 
 
 def _run_both(
-    model: PreTrainedModel, host: Host, tokens: Float[Tensor, "P hidden"], recorder: _KeyValueRecorder
+    model: PreTrainedModel, host: Host, tokens: Float[Tensor, "P hidden"], recorder: KeyValueRecorder
 ) -> None:
     """Run an encoder-decoder with `tokens` as the embedded input of both halves."""
     embedded = tokens.to(execution_device(model), model.dtype)[None]

@@ -12,18 +12,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Complex, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from overture import dispatch
 from overture.errors import ConfigError, ContextLengthError, UnsupportedModelError
 from overture.prompt import KVPrefix
 from overture.runtime.host import Host
+from overture.runtime.recorder import KeyValueRecorder
 from overture.spec import ModelSpec, execution_device, measuring
 
 __all__ = ["concatenated", "shifted"]
@@ -175,7 +175,7 @@ class _Rotation:
         self, ids: Int[Tensor, " N"], positions: Int[Tensor, " N"]
     ) -> tuple[list[Float[Tensor, "N K D"]], list[Float[Tensor, "N K E"]]]:
         """Keys and values of every layer for tokens that stand alone, each at its position; fp64."""
-        recorder, device = _Recorder(), execution_device(self.model)
+        recorder, device = KeyValueRecorder(), execution_device(self.model)
         with self.host.using(None):
             self.host.stacks[0](
                 input_ids=ids[:, None].to(device),
@@ -183,32 +183,11 @@ class _Rotation:
                 use_cache=False,
                 **{dispatch.KEYWORD: recorder},
             )
-        return recorder.keys, recorder.values
+        keys, values = ([t[:, :, 0].cpu().double() for t in kept] for kept in (recorder.keys, recorder.values))
+        return keys, values
 
 
 _ROTATIONS: WeakKeyDictionary[Host, _Rotation] = WeakKeyDictionary()
-
-
-class _Recorder:
-    """An attention handler that keeps the keys and values of rows of one token."""
-
-    def __init__(self) -> None:
-        self.keys: list[Float[Tensor, "N K D"]] = []
-        self.values: list[Float[Tensor, "N K E"]] = []
-
-    def attend(
-        self,
-        inner: dispatch.AttentionFunction,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Any,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        self.keys.append(key[:, :, 0].cpu().double())
-        self.values.append(value[:, :, 0].cpu().double())
-        return inner(module, query, key, value, attention_mask, **kwargs)
 
 
 def _planes(still: Float[Tensor, "N K D"], moved: Float[Tensor, "N K D"]) -> _Planes:
