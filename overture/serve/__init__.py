@@ -1,0 +1,1 @@
+"""One frozen model, everyone's prompt: an embedded server that speaks the API of OpenAI."""
