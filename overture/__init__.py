@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from overture.tuning.evaluate import evaluate as evaluate
     from overture.tuning.predict import predict as predict
     from overture.tuning.results import TuneResult as TuneResult
+    from overture.tuning.users import Users as Users
 
 __version__ = "0.1.0"
 
@@ -54,6 +55,7 @@ _HOMES = {
     "Template": "template",
     "TuneConfig": "tuning.config",
     "TuneResult": "tuning.results",
+    "Users": "tuning.users",
     "VirtualTokens": "prompt",
     "average": "runtime.compose",
     "compile_prefixes": "runtime.compile",

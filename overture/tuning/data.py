@@ -14,7 +14,7 @@ from typing import Any
 from overture.errors import DataError
 from overture.runtime.chat import short
 
-__all__ = ["BadRow", "Row", "Source", "load_rows", "raise_bad_rows"]
+__all__ = ["SUFFIXES", "BadRow", "Row", "Source", "csv_header", "csv_row", "load_rows", "parse_json", "raise_bad_rows"]
 
 SHOWN = 5
 _SHOWN_CHARACTERS = 40
@@ -23,7 +23,7 @@ _SHOWN_CHARACTERS = 40
 _LONGEST_CELL = 2**31 - 1
 
 Source = str | PathLike[str] | Iterable[Any]
-"""A path, a `datasets.Dataset`, or mappings."""
+"""A path, a `datasets.Dataset`, mappings, or `Row`s."""
 
 BadRow = tuple[str, DataError]
 """Where a bad row stands, and what is wrong with it."""
@@ -47,7 +47,8 @@ def load_rows(source: Source, *, kind: str = "training") -> list[Row]:
     """Read all rows of a data source.
 
     Args:
-        source: a path to a `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet` file, a `datasets.Dataset`, or mappings.
+        source: a path to a `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet` file, a `datasets.Dataset`, mappings, or
+            `Row`s, which keep their places.
         kind: what the data is for, named in errors: `training`, `dev`, ...
 
     Returns:
@@ -101,7 +102,10 @@ def _read(source: object, kind: str) -> Iterator[Raw]:
         path = _existing(Path(source), kind)
         return _READERS[path.suffix.lower()](path)
     if isinstance(source, Iterable) and not isinstance(source, Mapping | bytes):
-        return ((f"row {number}", value) for number, value in enumerate(source, 1))
+        return (
+            (value.where, value.values) if isinstance(value, Row) else (f"row {number}", value)
+            for number, value in enumerate(source, 1)
+        )
     splits = f" with the keys {', '.join(map(str, source))}" if isinstance(source, Mapping) else ""
     raise DataError(
         expected=f"{kind} data: a path, a datasets.Dataset, or a list of objects",
@@ -163,10 +167,11 @@ def _parse_lines(path: Path, text: str) -> Iterator[Raw]:
     # Not `splitlines`: JSON strings may hold U+2028 and other line breaks of Unicode.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            yield f"{path}:{number}", _parse(line)
+            yield f"{path}:{number}", parse_json(line)
 
 
-def _parse(text: str) -> object:
+def parse_json(text: str) -> object:
+    """The value that a line of JSON holds, or the `DataError` that says why it holds none."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -230,21 +235,28 @@ def _table(path: Path, dialect: type[csv.Dialect]) -> Iterator[Raw]:
         if not cells:
             continue
         if header is None:
-            header = _header(cells, where)
-        elif len(cells) != len(header):
-            yield (
-                where,
-                DataError(
-                    expected=f"{len(header)} cells ({', '.join(header)})",
-                    got=f"{len(cells)} cells",
-                    do="quote cells that hold the separator or a line break",
-                ),
-            )
+            header = csv_header(cells, where)
         else:
-            yield where, dict(zip(header, cells, strict=True))
+            yield where, csv_row(header, cells)
 
 
-def _header(cells: list[str], where: str) -> list[str]:
+def csv_row(header: Sequence[str], cells: Sequence[str]) -> object:
+    """The columns of a row, or the `DataError` that says why it has none."""
+    if len(cells) == len(header):
+        return dict(zip(header, cells, strict=True))
+    return DataError(
+        expected=f"{len(header)} cells ({', '.join(header)})",
+        got=f"{len(cells)} cells",
+        do="quote cells that hold the separator or a line break",
+    )
+
+
+def csv_header(cells: list[str], where: str) -> list[str]:
+    """The names of a table's columns.
+
+    Raises:
+        DataError: a column without a name, or two of one name.
+    """
     if len(set(cells)) == len(cells) and all(cell.strip() for cell in cells):
         return cells
     raise DataError(
@@ -268,3 +280,6 @@ def _parquet(path: Path) -> Iterator[Raw]:
 
 
 _READERS = {".jsonl": _json_lines, ".json": _json, ".csv": _csv, ".tsv": _tsv, ".parquet": _parquet}
+
+SUFFIXES = tuple(_READERS)
+"""What names of data files end in."""
