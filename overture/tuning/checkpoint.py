@@ -1,49 +1,112 @@
-"""Checkpoints: one safetensors file, replaced atomically, from which a run goes on as if it had never stopped."""
+"""Checkpoints: one safetensors file, replaced atomically, from which a run goes on as if it had never stopped.
+
+It holds the prompts in training with all that they need, and who has finished or failed. A prompt that waits has no
+state, so it is not in it. Results that the run still holds are in it, as prompt files; those that were handed over are
+named only.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from overture.errors import CheckpointError, DivergedError, OvertureError
 from overture.files import write_atomically
+from overture.formats import native
+from overture.tuning.results import TuneResult
 from overture.tuning.trainee import Trainee
 
-__all__ = ["load_checkpoint", "save_checkpoint"]
+__all__ = ["Ended", "Paused", "Saved", "damaged", "load_checkpoint", "other_run", "save_checkpoint"]
 
-_FORMAT = "overture.checkpoint.1"
+_FORMAT = "overture.checkpoint.2"
 
 
-def save_checkpoint(
-    path: Path, identity: str, trainees: Sequence[Trainee], failures: Mapping[str, OvertureError]
-) -> None:
-    """Write the state of every prompt in training; the previous checkpoint stays readable until the last moment."""
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A prompt that has finished."""
+
+    identity: str
+    """Digest of what it was trained from."""
+    result: TuneResult | None
+    """Its result; None if it was handed over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Paused:
+    """A prompt in the middle of its training, without its rows."""
+
+    identity: str
+    """Digest of what it is trained from."""
+    tensors: Mapping[str, Tensor]
+    plain: Mapping[str, Any]
+
+    def load_into(self, trainee: Trainee, path: Path) -> None:
+        """Let a trainee go on from here.
+
+        Raises:
+            CheckpointError: the state is of another shape.
+        """
+        try:
+            trainee.load_state(self.tensors, self.plain)
+        except _DAMAGE as error:
+            raise damaged(path, error) from error
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """Where a run stood."""
+
+    turn: int = 0
+    """Steps that the run had taken."""
+    running: Mapping[str, Paused] = field(default_factory=dict)
+    """Prompts in training, in the order in which they took their slots."""
+    ended: Mapping[str, Ended] = field(default_factory=dict)
+    failures: Mapping[str, OvertureError] = field(default_factory=dict)
+    """Prompts that failed. Only those whose training diverged are kept in the file: bad rows may be mended by then."""
+
+
+def save_checkpoint(path: Path, identity: str, saved: Saved) -> None:
+    """Write where a run stands; the previous checkpoint stays readable until the last moment.
+
+    Args:
+        path: the file.
+        identity: digest of what all prompts of the run have in common.
+        saved: where it stands.
+    """
     tensors: dict[str, Tensor] = {}
-    plain: dict[str, Any] = {}
-    for number, trainee in enumerate(trainees):
-        own, plain[trainee.name] = trainee.state()
-        tensors |= {f"{number}/{name}": tensor.cpu().contiguous() for name, tensor in own.items()}
+    running: dict[str, Any] = {}
+    for number, (name, one) in enumerate(saved.running.items()):
+        tensors |= {f"running/{number}/{key}": tensor.cpu().contiguous() for key, tensor in one.tensors.items()}
+        running[name] = {"identity": one.identity, "plain": one.plain}
+    ended: dict[str, Any] = {}
+    for number, (name, done) in enumerate(saved.ended.items()):
+        ended[name] = {"identity": done.identity, "result": done.result and _plain(done.result)}
+        if done.result is not None:
+            data = bytearray(native.dumps(done.result.prompt))
+            tensors[f"ended/{number}"] = torch.frombuffer(data, dtype=torch.uint8)
+    failed = {name: error for name, error in saved.failures.items() if isinstance(error, DivergedError)}
     state = {
         "identity": identity,
+        "turn": saved.turn,
         "tensors": sorted(tensors),
-        "trainees": plain,
-        "failures": {name: [e.expected, e.got, e.do] for name, e in failures.items()},
+        "running": running,
+        "ended": ended,
+        "failures": {name: [error.expected, error.got, error.do] for name, error in failed.items()},
     }
     write_atomically(path, save(tensors, metadata={"format": _FORMAT, "state": json.dumps(_encoded(state))}))
 
 
-def load_checkpoint(path: Path, identity: str, trainees: Sequence[Trainee]) -> dict[str, OvertureError]:
-    """Take up a checkpoint in place.
-
-    Returns:
-        The prompts that had failed, with their errors.
+def load_checkpoint(path: Path, identity: str) -> Saved:
+    """Read a checkpoint.
 
     Raises:
         CheckpointError: the file is damaged, or was made by another run.
@@ -55,38 +118,62 @@ def load_checkpoint(path: Path, identity: str, trainees: Sequence[Trainee]) -> d
         state = _decoded(json.loads(metadata["state"]))
         made_by = state["identity"]
     except _DAMAGE as error:
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
     if metadata.get("format") != _FORMAT or made_by != identity:
-        raise CheckpointError(
-            expected="a checkpoint of this very run: same base model, methods, data and options",
-            got=f"{path}, made by another",
-            do="resume with the same arguments, or choose another run folder",
-        )
+        raise other_run(path)
     try:
         if set(state["tensors"]) != set(tensors):
             raise KeyError(*sorted(set(state["tensors"]) ^ set(tensors))[:1])
-        for number, trainee in enumerate(trainees):
-            prefix = f"{number}/"
-            own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-            trainee.load_state(own, state["trainees"][trainee.name])
-        return {
+        running = {
+            name: Paused(one["identity"], _under(f"running/{number}/", tensors), one["plain"])
+            for number, (name, one) in enumerate(state["running"].items())
+        }
+        ended = {
+            name: Ended(one["identity"], one["result"] and _result(one["result"], tensors[f"ended/{number}"], path))
+            for number, (name, one) in enumerate(state["ended"].items())
+        }
+        failures: dict[str, OvertureError] = {
             name: DivergedError(expected=expected, got=got, do=do)
             for name, (expected, got, do) in state["failures"].items()
         }
-    except _DAMAGE as error:
-        raise _damaged(path, error) from error
+        return Saved(int(state["turn"]), running, ended, failures)
+    except (*_DAMAGE, OvertureError) as error:
+        raise damaged(path, error) from error
 
 
 # Whatever a state of the wrong shape makes safetensors, json, torch or the optimizer raise.
 _DAMAGE = (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError, RecursionError)
 
 
-def _damaged(path: Path, error: Exception) -> CheckpointError:
+def damaged(path: Path, error: Exception) -> CheckpointError:
+    """The error for a file that is no whole checkpoint."""
     return CheckpointError(
         expected="a complete checkpoint",
         got=f"{path} ({type(error).__name__}: {error})",
         do="delete it and start the run again",
     )
+
+
+def other_run(path: Path, name: str | None = None) -> CheckpointError:
+    """The error for a checkpoint of a run that is not this one, or that trained a prompt from something else."""
+    return CheckpointError(
+        expected="a checkpoint of this very run: same base model, methods, data and options",
+        got=f"{path}, made by another" + (f" (it differs in {name!r})" if name else ""),
+        do="resume with the same arguments, or choose another run folder",
+    )
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _plain(result: TuneResult) -> dict[str, Any]:
+    return {one.name: getattr(result, one.name) for one in fields(result) if one.name != "prompt"}
+
+
+def _result(plain: Mapping[str, Any], prompt: Tensor, path: Path) -> TuneResult:
+    curves = {name: tuple((step, loss) for step, loss in plain[name]) for name in ("train_curve", "dev_curve")}
+    return TuneResult(**{**plain, **curves}, prompt=native.loads(prompt.numpy().tobytes(), str(path)))
 
 
 def _encoded(value: Any) -> Any:

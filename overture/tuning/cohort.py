@@ -2,103 +2,169 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from overture.errors import DivergedError, OvertureError
+from overture.errors import CheckpointError, DivergedError, OvertureError
 from overture.runtime.recompute import checkpointed_blocks, checkpointing
-from overture.spec import execution_device
-from overture.tuning.checkpoint import load_checkpoint, save_checkpoint
+from overture.tuning.checkpoint import Ended, Paused, Saved, load_checkpoint, other_run, save_checkpoint
 from overture.tuning.config import TuneConfig
-from overture.tuning.events import CheckpointSaved, Evaluated, Failed, Finished, Listener, StepDone
+from overture.tuning.events import CheckpointSaved, Evaluated, Failed, Finished, Listener, Started, StepDone
 from overture.tuning.example import Example
+from overture.tuning.finish import result_of
 from overture.tuning.forward import Trained, frozen
+from overture.tuning.identity import trainee_identity
+from overture.tuning.losses import by_owner, mean_losses, precision
+from overture.tuning.results import TuneResult
 from overture.tuning.tasks import Task
 from overture.tuning.trainee import Trainee
 
-__all__ = ["Cohort", "mean_losses"]
+__all__ = ["Cohort", "Handover"]
 
-_EVALUATION_ROWS = 64
+Handover = Callable[[TuneResult], None]
+"""Takes a result at the moment its prompt has finished."""
 
 
 class Cohort:
     """Prompts trained together on one frozen model, each as if it were alone.
 
-    Every row of a batch stands under its own prompt; the losses of different prompts are added, so that each prompt
-    gets the gradient of its own mean loss.
+    At most `slots` prompts train at once. The others wait in order; as soon as one ends, the next takes its slot, and
+    counts its steps, evaluations and schedule from there. Every row of a batch stands under its own prompt; the losses
+    of different prompts are added, so that each prompt gets the gradient of its own mean loss.
 
     Args:
         model: the frozen model.
         task: what it is trained to answer.
-        trainees: the prompts in training.
         config: the run's options.
+        open_trainee: reads a prompt's rows and makes it ready to train; raises `OvertureError` if it cannot.
+        slots: most prompts in training at once, 1 or more.
         filler: token id for padding.
         listener: told of every event.
+        hand_over: gets every result as it comes; None to keep them in `results`.
         checkpoint: file to save to and resume from; None for none.
-        identity: digest of everything that defines the run; a checkpoint of another run is refused.
+        identity: digest of what all prompts have in common; a checkpoint of another run is refused.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         task: Task,
-        trainees: Sequence[Trainee],
         config: TuneConfig,
+        open_trainee: Callable[[str], Trainee],
         *,
+        slots: int,
         filler: int,
         listener: Listener,
+        hand_over: Handover | None,
         checkpoint: Path | None,
         identity: str,
     ) -> None:
-        self.model, self.task, self.trainees, self.config, self.filler = model, task, list(trainees), config, filler
-        self.tell, self.checkpoint, self.identity = listener, checkpoint, identity
+        self.model, self.task, self.config, self.filler = model, task, config, filler
+        self.open_trainee, self.slots, self.tell, self.hand_over = open_trainee, slots, listener, hand_over
+        self.checkpoint, self.identity = checkpoint, identity
+        self.turn = 0
+        self.waiting: deque[str] = deque()
+        self.running: dict[str, Trainee] = {}
+        self.ended: dict[str, Ended] = {}
         self.failures: dict[str, OvertureError] = {}
-        self.seconds = 0.0
+        self._paused: dict[str, Paused] = {}
+        self._identities: dict[str, str] = {}
 
     @property
-    def active(self) -> list[Trainee]:
-        """Prompts still in training."""
-        return [t for t in self.trainees if t.finished is None and t.name not in self.failures]
+    def results(self) -> dict[str, TuneResult]:
+        """Results that were not handed over."""
+        return {name: one.result for name, one in self.ended.items() if one.result is not None}
 
-    def resume(self) -> bool:
-        """Take up the checkpoint, if there is one."""
+    def resume(self) -> None:
+        """Take up the checkpoint, if there is one: `run` goes on from there.
+
+        Raises:
+            CheckpointError: it is damaged, or of another run.
+        """
         if self.checkpoint is None or not self.checkpoint.exists():
-            return False
-        self.failures = load_checkpoint(self.checkpoint, self.identity, self.trainees)
-        return True
+            return
+        saved = load_checkpoint(self.checkpoint, self.identity)
+        self.turn, self.failures = saved.turn, dict(saved.failures)
+        self._paused, self.ended = dict(saved.running), dict(saved.ended)
 
-    def run(self) -> None:
-        """Train until every prompt has finished or failed."""
+    def run(self, names: Iterable[str], done: Collection[str] = ()) -> None:
+        """Train until every prompt has finished or failed.
+
+        Args:
+            names: the prompts, in the order in which they are to have a slot.
+            done: those among them that are not to be trained, because their results exist elsewhere.
+        """
         began = time.perf_counter()
-        evaluate_every = self.config.eval_every or max(self.config.steps // 10, 1)
         save_every = self.config.checkpoint_every or max(self.config.steps // 10, 1)
         with frozen(self.model):
-            self._measure_start()
-            while active := self.active:
-                step = active[0].step + 1
-                losses, tokens = self._step(active)
-                elapsed = time.perf_counter() - began
-                self.tell(StepDone(step, self.config.steps, losses, tokens, elapsed))
-                if step % evaluate_every == 0 or step == self.config.steps:
-                    self._evaluate([t for t in active if t.name not in self.failures])
-                for trainee in active:
-                    if trainee.finished:
-                        self.tell(Finished(trainee.name, trainee.finished, trainee.step))
-                if step % save_every == 0 or not self.active:
-                    self._save(step)
-        self.seconds = time.perf_counter() - began
+            self._line_up(names, done)
+            self._fill()
+            while self.running:
+                turn_began = time.perf_counter()
+                self.turn += 1
+                losses, tokens = self._step(list(self.running.values()))
+                total, elapsed = self.turn + self._turns_left(), time.perf_counter() - began
+                self.tell(StepDone(self.turn, total, losses, tokens, elapsed))
+                self._evaluate([t for t in self.running.values() if self._due(t)])
+                for trainee in self.running.values():
+                    trainee.seconds += time.perf_counter() - turn_began
+                self._finish([t for t in self.running.values() if t.finished])
+                self._fill()
+                if self.turn % save_every == 0 or not self.running:
+                    self._save()
 
-    def _measure_start(self) -> None:
-        fresh = [t for t in self.active if t.step == 0]
-        losses = self._measured([(t.untuned(), t.dev or t.train) for t in fresh])
-        for trainee, loss in zip(fresh, losses, strict=True):
+    def _line_up(self, names: Iterable[str], done: Collection[str]) -> None:
+        """Those that a checkpoint found in training come first, so that they meet again in the batches they shared."""
+        skipped = set(done)
+        wanted = dict.fromkeys(name for name in names if name not in skipped)
+        self._paused = {name: one for name, one in self._paused.items() if name not in skipped}
+        for name in self._paused:
+            if name not in wanted:
+                raise self._other_run(name)
+        for name in self.results:
+            if name in wanted:
+                self._confirm(name)
+        over = {*self._paused, *self.ended, *self.failures}
+        self.waiting = deque([*self._paused, *(name for name in wanted if name not in over)])
+
+    def _confirm(self, name: str) -> None:
+        """See that a result from a checkpoint, to be given out again, is what today's rows would give."""
+        try:
+            trainee = self.open_trainee(name)
+        except OvertureError:
+            del self.ended[name]  # so it waits for a slot, and fails by itself when it gets one
+        else:
+            if self.ended[name].identity != trainee_identity(trainee):
+                raise self._other_run(name)
+
+    def _fill(self) -> None:
+        """Give free slots to those who wait; one whose rows cannot be used fails and takes none."""
+        fresh: list[Trainee] = []
+        while self.waiting and len(self.running) < self.slots:
+            name = self.waiting.popleft()
+            paused = self._paused.pop(name, None)
+            try:
+                trainee = self.open_trainee(name)
+            except OvertureError as error:
+                self._fail(name, error)
+                continue
+            if self.checkpoint is not None:
+                self._identities[name] = trainee_identity(trainee)
+            if paused is None:
+                fresh.append(trainee)
+            elif paused.identity != self._identities[name]:
+                raise self._other_run(name)
+            else:
+                assert self.checkpoint is not None, "what is paused comes from a checkpoint"
+                paused.load_into(trainee, self.checkpoint)
+            self.running[name] = trainee
+            self.tell(Started(name, trainee.step))
+        for trainee, loss in zip(fresh, self._measured([(t.untuned(), t.dev or t.train) for t in fresh]), strict=True):
             trainee.frozen_loss = loss
 
     def _step(self, active: Sequence[Trainee]) -> tuple[dict[str, float], int]:
@@ -118,79 +184,74 @@ class Cohort:
                 checkpointed_blocks(self.model, checkpointing() if self.config.gradient_checkpointing else None),
             ):
                 sums = self.task.losses(self.model, rows, examples, self.filler)
-            means = _by_owner(sums, owners, len(active)) / torch.tensor(targets, device=sums.device)
+            means = by_owner(sums, owners, len(active)) / torch.tensor(targets, device=sums.device)
             means.sum().backward()
             totals += means.detach().cpu()
-        for trainee, loss in zip(active, totals.tolist(), strict=True):
-            self._guarded(trainee, loss)
+        losses = dict(zip([t.name for t in active], totals.tolist(), strict=True))
+        for trainee in active:
+            try:
+                trainee.update(losses[trainee.name])
+            except DivergedError as error:
+                self._fail(trainee.name, error)
         tokens = sum(len(e.ids) for passes in batches for batch in passes for e in batch)
-        return {t.name: loss for t, loss in zip(active, totals.tolist(), strict=True)}, tokens
+        return losses, tokens
 
-    def _guarded(self, trainee: Trainee, loss: float) -> None:
-        try:
-            trainee.update(loss)
-        except DivergedError as error:
-            self.failures[trainee.name] = error
-            self.tell(Failed(trainee.name, error))
+    def _due(self, trainee: Trainee) -> bool:
+        """Whether a prompt stands at one of its own evaluations."""
+        every = self.config.eval_every or max(self.config.steps // 10, 1)
+        return bool(trainee.dev) and (trainee.step % every == 0 or trainee.step == self.config.steps)
 
     @torch.no_grad()
     def _evaluate(self, trainees: Sequence[Trainee]) -> None:
-        measured = [t for t in trainees if t.dev]
-        losses = self._measured([(t.plain(), t.dev) for t in measured])
-        for trainee, loss in zip(measured, losses, strict=True):
+        losses = self._measured([(t.plain(), t.dev) for t in trainees])
+        for trainee, loss in zip(trainees, losses, strict=True):
             best = trainee.judge(loss)
             self.tell(Evaluated(trainee.name, trainee.step, loss, best))
+
+    def _finish(self, trainees: Sequence[Trainee]) -> None:
+        """Hand over the results of prompts that are done, and free their slots."""
+        for trainee in trainees:
+            trainee.restore_best()
+        # What was restored has been measured already.
+        unmeasured = [t for t in trainees if t.best is None]
+        with torch.no_grad():
+            measured = self._measured([(t.plain(), t.dev or t.train) for t in unmeasured])
+        losses = dict(zip([t.name for t in unmeasured], measured, strict=True))
+        for trainee in trainees:
+            try:
+                result = result_of(self.model, self.task, trainee, losses.get(trainee.name, trainee.best_loss))
+            except DivergedError as error:
+                self._fail(trainee.name, error)
+                continue
+            if self.hand_over is not None:
+                self.hand_over(result)
+            del self.running[trainee.name]
+            identity = self._identities.pop(trainee.name, "")
+            self.ended[trainee.name] = Ended(identity, result if self.hand_over is None else None)
+            self.tell(Finished(trainee.name, result.stop_reason, trainee.step))
+
+    def _fail(self, name: str, error: OvertureError) -> None:
+        self.running.pop(name, None)
+        self._identities.pop(name, None)
+        self.failures[name] = error
+        self.tell(Failed(name, error))
 
     def _measured(self, pairs: Sequence[tuple[Trained, Sequence[Example]]]) -> list[float]:
         return mean_losses(self.model, self.task, pairs, self.config, self.filler)
 
-    def _save(self, step: int) -> None:
+    def _turns_left(self) -> int:
+        """Turns until all have taken all their steps: the longest is never done sooner, and slots are never idle."""
+        left = [self.config.steps - trainee.step for trainee in self.running.values()]
+        shared = -(-(sum(left) + len(self.waiting) * self.config.steps) // self.slots)
+        return max(*left, shared) if left else shared
+
+    def _save(self) -> None:
         if self.checkpoint is not None:
-            save_checkpoint(self.checkpoint, self.identity, self.trainees, self.failures)
-            self.tell(CheckpointSaved(step, self.checkpoint))
+            running = {name: Paused(self._identities[name], *t.state()) for name, t in self.running.items()}
+            saved = Saved(self.turn, running | self._paused, self.ended, self.failures)
+            save_checkpoint(self.checkpoint, self.identity, saved)
+            self.tell(CheckpointSaved(self.turn, self.checkpoint))
 
-
-def precision(model: PreTrainedModel, config: TuneConfig) -> AbstractContextManager[object]:
-    """Autocast to bfloat16 if the options and the device say so."""
-    device = execution_device(model).type
-    able = device == "cuda" and torch.cuda.is_bf16_supported()
-    if config.precision == "bf16" or (config.precision == "auto" and able):
-        return torch.autocast(device, torch.bfloat16)
-    return contextlib.nullcontext()
-
-
-@torch.no_grad()
-def mean_losses(
-    model: PreTrainedModel,
-    task: Task,
-    pairs: Sequence[tuple[Trained, Sequence[Example]]],
-    config: TuneConfig,
-    filler: int,
-) -> list[float]:
-    """Mean loss per target (nats) of each prompt on its own rows, all in shared batches.
-
-    Args:
-        model: the frozen model.
-        task: what it is trained to answer.
-        pairs: what rows are run under, and the rows.
-        config: for the precision.
-        filler: token id for padding.
-    """
-    work = [
-        (owner, trained, example.without_places() if trained.value is None else example)
-        for owner, (trained, examples) in enumerate(pairs)
-        for example in examples
-    ]
-    work.sort(key=lambda item: len(item[2].ids))
-    totals = torch.zeros(len(pairs), dtype=torch.float64)
-    for start in range(0, len(work), _EVALUATION_ROWS):
-        owners, rows, examples = zip(*work[start : start + _EVALUATION_ROWS], strict=True)
-        with precision(model, config):
-            sums = task.losses(model, rows, examples, filler)
-        totals += _by_owner(sums, owners, len(pairs)).double().cpu()
-    counts = [sum(example.num_targets for example in examples) for _, examples in pairs]
-    return [total / count for total, count in zip(totals.tolist(), counts, strict=True)]
-
-
-def _by_owner(sums: Tensor, owners: Sequence[int], count: int) -> Tensor:
-    return sums.new_zeros(count).index_add(0, torch.tensor(owners, device=sums.device), sums)
+    def _other_run(self, name: str) -> CheckpointError:
+        assert self.checkpoint is not None, "nothing is resumed without a checkpoint"
+        return other_run(self.checkpoint, name)

@@ -15,11 +15,11 @@ from overture.runtime.heads import answers_with, own_labels
 from overture.runtime.tokens import filler_id
 from overture.spec import ModelSpec, unwrapped
 from overture.template import Template
-from overture.tuning.cohort import mean_losses
 from overture.tuning.config import TuneConfig
 from overture.tuning.data import Row, Source, load_rows
 from overture.tuning.examples import encode_for
 from overture.tuning.forward import Trained, frozen
+from overture.tuning.losses import mean_losses
 from overture.tuning.tasks import Form, PredictingTask, Task, task_for
 
 __all__ = ["EvalResult", "evaluate"]

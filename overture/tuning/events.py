@@ -8,17 +8,26 @@ from pathlib import Path
 
 from overture.errors import OvertureError
 
-__all__ = ["CheckpointSaved", "Evaluated", "Event", "Failed", "Finished", "Listener", "StepDone"]
+__all__ = ["CheckpointSaved", "Evaluated", "Event", "Failed", "Finished", "Listener", "Started", "StepDone"]
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """One prompt has a slot: its rows are read, and it trains from now on."""
+
+    name: str
+    step: int
+    """Steps it has behind it: 0, or more if the run was resumed."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepDone:
-    """One optimizer step of every prompt still in training."""
+    """One optimizer step of every prompt in training."""
 
     step: int
-    """Steps done, from 1."""
+    """Steps of the run, from 1. A prompt that joined later has taken fewer."""
     total_steps: int
-    """Steps the run will take at most."""
+    """Steps the run will take if no further prompt stops early or fails."""
     losses: Mapping[str, float]
     """Mean loss per target token (nats) by prompt."""
     tokens: int
@@ -41,7 +50,7 @@ class Evaluated:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """One prompt is done."""
+    """One prompt is done, and its result has been handed over."""
 
     name: str
     reason: str
@@ -51,7 +60,7 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """One prompt stopped on an error; the others go on."""
+    """One prompt stopped on an error, or could not begin; the others go on."""
 
     name: str
     error: OvertureError
@@ -65,5 +74,5 @@ class CheckpointSaved:
     path: Path
 
 
-Event = StepDone | Evaluated | Finished | Failed | CheckpointSaved
+Event = Started | StepDone | Evaluated | Finished | Failed | CheckpointSaved
 Listener = Callable[[Event], None]

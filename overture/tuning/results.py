@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from overture.errors import OvertureError
@@ -38,14 +38,24 @@ class TuneResult:
     dev_curve: tuple[tuple[int, float], ...]
     """(step, loss) of every evaluation."""
     seconds: float
-    """Wall time of the run, shared with the other prompts of the cohort."""
+    """Wall time from the prompt's first step to its last, shared with the prompts that trained beside it."""
     stop_reason: str
     """`"steps"` or `"early stop"`."""
 
 
 class CohortResult(dict[str, TuneResult]):
-    """The results of many prompts by name, with the errors of those that failed."""
+    """The results of many prompts by name, with the errors of those that failed.
 
-    def __init__(self, results: Mapping[str, TuneResult], failures: Mapping[str, OvertureError]) -> None:
+    Results that were handed over as they came (`on_result`) are not in it.
+    """
+
+    failures: dict[str, OvertureError]
+    """Errors by the name of the prompt that failed."""
+    finished: tuple[str, ...]
+    """Names of all prompts that the run has finished, those handed over included."""
+
+    def __init__(
+        self, results: Mapping[str, TuneResult], failures: Mapping[str, OvertureError], finished: Iterable[str]
+    ) -> None:
         super().__init__(results)
-        self.failures = dict(failures)
+        self.failures, self.finished = dict(failures), tuple(finished)

@@ -65,6 +65,7 @@ class Trainee:
         self.dev_curve: list[tuple[int, float]] = []
         self.frozen_loss = math.nan
         self.finished: str | None = None
+        self.seconds = 0.0
 
     def batches(self) -> list[list[Example]]:
         """The rows of the next step, one list per forward pass."""
@@ -183,7 +184,17 @@ class Trainee:
         return next(self.module.parameters()).device
 
 
-_PLAIN = ("step", "best_loss", "best_step", "stale", "train_curve", "dev_curve", "frozen_loss", "finished")
+_PLAIN = (
+    "step",
+    "best_loss",
+    "best_step",
+    "stale",
+    "train_curve",
+    "dev_curve",
+    "frozen_loss",
+    "finished",
+    "seconds",
+)
 
 
 def _optimizer(module: PromptModule, head: HeadModule | None, rate: float, config: TuneConfig) -> Optimizer:

@@ -15,7 +15,7 @@ from transformers import (
 
 from overture.errors import ConfigError, DataError, UnsupportedModelError
 from overture.methods import PromptTuning, PTuning
-from overture.tuning.api import check_method, tune, tune_many
+from overture.tuning.api import check_method, check_slots, tune, tune_many
 from overture.tuning.config import TuneConfig
 from overture.tuning.evaluate import evaluate
 from overture.tuning.example import TextExample
@@ -116,8 +116,12 @@ def test_many_prompts_pair_up_by_name(model, tokenizer, rows):
         tune_many(model, tokenizer, {"ann": method}, data)
     with pytest.raises(ConfigError, match=r"has dev rows; got none for 'carl'.*'ann', 'bob'"):
         tune_many(model, tokenizer, method, data, dev={"carl": rows("red")})
-    with pytest.raises(DataError, match=r"training data; got no rows .*\(prompt 'bob'\)"):
-        tune_many(model, tokenizer, method, data | {"bob": []})
+    names = {f"user {i}": rows("red") for i in range(20)}
+    with pytest.raises(ConfigError, match=r"got none for 'user 0', .*'user 7' and 12 more\. "):
+        tune_many(model, tokenizer, {}, names)
+    for slots in (0, True, 1.5):
+        with pytest.raises(ConfigError, match=r"slots of 1 or more; got"):
+            check_slots(slots)
     with pytest.raises(ConfigError, match=r"'ann', such as ov.PrefixTuning.*got 'prefix'"):
         check_method("ann", "prefix")  # what `tune` calls; the tests' own type checks would catch it before
 
