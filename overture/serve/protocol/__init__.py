@@ -1,0 +1,1 @@
+"""What goes over the wire, in the shapes of OpenAI's API."""

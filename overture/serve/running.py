@@ -1,0 +1,68 @@
+"""Running an application until it is told to stop."""
+
+from __future__ import annotations
+
+import math
+import socket
+from collections.abc import Callable
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from overture.errors import ConfigError
+
+__all__ = ["make_server", "opened", "run"]
+
+_KEEP_ALIVE_SECONDS = 30
+"""How long an idle connection stays open, so that clients need not connect for every request."""
+
+
+def make_server(app: ASGIApp, *, drain: float) -> uvicorn.Server:
+    """A server for `app` that, told to stop, takes no connection more and lets answers finish for `drain` seconds."""
+    return uvicorn.Server(
+        uvicorn.Config(
+            app,
+            lifespan="off",
+            log_config=None,
+            access_log=False,  # it logs paths, which name prompts and users
+            server_header=False,
+            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=math.ceil(drain),
+        )
+    )
+
+
+def opened(host: str, port: int) -> socket.socket:
+    """A socket that listens; with port 0 at any free port.
+
+    Raises:
+        ConfigError: the address is taken, or none of this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+        listening.listen(2048)
+    except OSError as error:
+        listening.close()
+        raise ConfigError(
+            expected="an address of this machine that is free",
+            got=f"{host}:{port} ({error.strerror or error})",
+            do="choose another with --host and --port",
+        ) from None
+    return listening
+
+
+def run(app: ASGIApp, listening: socket.socket, *, drain: float, started: Callable[[], None]) -> None:
+    """Serve until SIGINT or SIGTERM; a second SIGINT does not wait.
+
+    Args:
+        app: what answers.
+        listening: where.
+        drain: seconds for answers under way.
+        started: called before the first request is taken.
+    """
+    server = make_server(app, drain=drain)
+    started()
+    server.run(sockets=[listening])

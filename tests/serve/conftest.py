@@ -1,0 +1,106 @@
+"""A server around the toy engine, asked without a network."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+from starlette.types import ASGIApp
+
+from overture.prompt import SoftPrompt, VirtualTokens
+from overture.serve.app import create_app
+from overture.serve.config import ServeConfig
+from overture.serve.keys import KeyRing, Role
+from overture.serve.running import make_server, opened
+from overture.store import PromptStore
+from tests.serve.toy import BASE, VOCAB, Toy
+
+
+@contextmanager
+def quick_folder() -> Iterator[Path]:
+    """A folder in memory where there is one: a store waits for the disk at every change, a test need not."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
+        yield Path(folder)
+
+
+def make_prompt(seed: int, base: Any = BASE) -> SoftPrompt:
+    value = VirtualTokens(torch.randn(2, 4, generator=torch.Generator().manual_seed(seed)))
+    return SoftPrompt(value=value, base=base, name=f"prompt {seed}", method={"name": "prompt"}, metrics={"loss": 1.5})
+
+
+@dataclass
+class Live:
+    """A server that listens on this machine."""
+
+    url: str
+    toy: Toy
+    store: PromptStore
+    keys: KeyRing | None
+    secrets: dict[str, str]
+
+    def client(self, who: str = "ada") -> openai.OpenAI:
+        """The official client, with that tenant's key."""
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.secrets.get(who, "none"), max_retries=0)
+
+    def http(self, who: str | None = "ada") -> httpx.Client:
+        """A plain client."""
+        headers = {} if who is None else {"Authorization": f"Bearer {self.secrets.get(who, 'none')}"}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=20)
+
+
+Serve = Callable[..., Live]
+
+
+@contextmanager
+def listening(app: ASGIApp) -> Iterator[str]:
+    """Run an application in a thread; gives its URL."""
+    place = opened("127.0.0.1", 0)
+    server = make_server(app, drain=1.0)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [place]})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{place.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+@pytest.fixture
+def store() -> Iterator[PromptStore]:
+    """Two tenants and a shared one. Ada and Bob both have a `bard`; only Bob has a `secret`."""
+    with quick_folder() as folder, PromptStore(folder / "store") as opened_store:
+        for seed, address in enumerate(["ada/bard", "ada/bard", "ada/poet", "bob/bard", "bob/secret", "tasks/summary"]):
+            opened_store.publish(*address.split("/"), make_prompt(seed))
+        yield opened_store
+
+
+@pytest.fixture
+def serve(store: PromptStore, tmp_path: Path) -> Iterator[Serve]:
+    """Start a server; options are those of `ServeConfig` and `Toy`, and `auth`."""
+    with ExitStack() as stack:
+
+        def start(*, auth: bool = True, pace: float = 0.0, **options: Any) -> Live:
+            toy = Toy(store, pace=pace)
+            ring, secrets = (KeyRing(tmp_path / "keys.sqlite"), {}) if auth else (None, {})
+            if ring is not None:
+                stack.callback(ring.close)
+                secrets = {tenant: ring.add(Role.TENANT, tenant)[1] for tenant in ("ada", "bob", "eve")}
+                secrets |= {role.value: ring.add(role)[1] for role in (Role.ADMIN, Role.METRICS)}
+            config = ServeConfig(**{"shared": ("tasks",), **options})
+            app = create_app(toy, store, config=config, base=BASE, vocab_size=VOCAB, keys=ring)
+            url = stack.enter_context(listening(app))
+            return Live(url, toy, store, ring, secrets)
+
+        yield start
