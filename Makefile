@@ -13,9 +13,12 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
+VLLM := .venv-vllm/bin
+VLLM_PIP := $(VLLM)/python -m pip install --quiet --disable-pip-version-check
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-slow test-all compat check format bench clean distclean
+.PHONY: help install demo test test-slow test-all test-vllm compat check format bench clean distclean
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -33,6 +36,9 @@ test-slow: .venv/installed-dev ## Run the slow ones: with them, all.
 
 test-all: .venv/installed-dev ## Run all tests.
 	$(PYTEST)
+
+test-vllm: .venv-vllm/installed ## Run the tests of Overture in vLLM, in an environment of their own (.venv-vllm, 4 GB).
+	$(VLLM)/python -m pytest -q tests/vllm -W default
 
 compat: .venv/installed-dev ## Run the whole compatibility matrix and write docs/compatibility.md from it.
 	mkdir -p build
@@ -59,8 +65,8 @@ clean: ## Remove what the tools and the demo wrote.
 	rm -rf demo_out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find overture tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-distclean: clean ## Remove .venv, too.
-	rm -rf .venv
+distclean: clean ## Remove .venv and .venv-vllm, too.
+	rm -rf .venv .venv-vllm
 
 # torch comes first and alone: asked for together with the rest, pip may settle on another build of it.
 .venv/torch: constraints.txt
@@ -84,6 +90,15 @@ distclean: clean ## Remove .venv, too.
 	@$(repair)
 	@echo "==> Installing the developer tools (a minute or two)"
 	@$(PIP) -e '.[dev]'
+	@touch $@
+
+# vLLM asks for packages that Overture's other libraries exclude, hence an environment of its own; see constraints-vllm.txt.
+.venv-vllm/installed: constraints-vllm.txt pyproject.toml
+	@echo "==> Making .venv-vllm and installing vLLM (three minutes or more)"
+	@[ -x $(VLLM)/python ] || $(PYTHON) -m venv .venv-vllm
+	@$(VLLM_PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(TORCH)
+	@$(VLLM_PIP) --no-deps -r constraints-vllm.txt
+	@$(VLLM_PIP) --no-deps -e .
 	@touch $@
 
 # pip writes INSTALLER after a package's files. Without it an install was cut short, and pip must not think it is there.
