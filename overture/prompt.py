@@ -30,6 +30,9 @@ class VirtualTokens:
     """
 
     embeddings: Float[Tensor, "P hidden"]
+    before_specials: bool = False
+    """True if leading ones that take positions of the input stand before the special tokens in front of a text
+    (`[CLS]`), as PEFT puts them, and not behind."""
 
     @property
     def length(self) -> int:
@@ -38,7 +41,7 @@ class VirtualTokens:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> VirtualTokens:
         """The same value with `function` applied to its tensor."""
-        return VirtualTokens(function(self.embeddings))
+        return VirtualTokens(function(self.embeddings), self.before_specials)
 
     def tensors(self) -> dict[str, Tensor]:
         """The value's tensors by name, as a prompt file stores them."""

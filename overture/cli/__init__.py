@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.exceptions import TyperException
 
-from overture.cli import chat, demo, doctor, eval, generate, inspect, keys, store, tune
+from overture.cli import chat, demo, doctor, eval, export, generate, import_, inspect, keys, store, tune
 from overture.cli._program import program
 from overture.cli._ui import print_error
 from overture.errors import OvertureError
@@ -44,6 +44,8 @@ app.command("eval")(eval.evaluate)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("inspect")(inspect.inspect)
+app.command("import")(import_.import_)
+app.command("export")(export.export)
 app.add_typer(store.app)
 app.add_typer(keys.app)
 app.command("demo")(demo.demo)

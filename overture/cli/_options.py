@@ -10,7 +10,19 @@ import typer
 
 from overture.errors import ConfigError
 
-__all__ = ["Columns", "Data", "Json", "Model", "Prompts", "Quiet", "Seed", "check_data", "check_output", "columns"]
+__all__ = [
+    "Columns",
+    "Data",
+    "Json",
+    "Model",
+    "Prompts",
+    "Quiet",
+    "Seed",
+    "check_data",
+    "check_output",
+    "columns",
+    "model_named",
+]
 
 Data = Annotated[Path, typer.Argument(metavar="DATA", help="Rows to use: a .jsonl, .csv or .parquet file.")]
 Model = Annotated[
@@ -65,3 +77,19 @@ def columns(pairs: list[str] | None, option: str = "--column") -> dict[str, str]
             )
         row[name] = text
     return row
+
+
+def model_named(given: str | None, noted: str) -> str:
+    """The base model to load: the one given, or the embedded one if a file is for it.
+
+    Another one that a file names is not loaded just because a stranger's file says so.
+    """
+    if given is not None:
+        return given
+    if noted == "tiny":
+        return noted
+    raise ConfigError(
+        expected="--model with the base model",
+        got=f"no --model; the file says {noted!r}" if noted else "no --model, and a file that names none",
+        do=f"add --model {noted}, if you trust it" if noted else "add --model",
+    )

@@ -13,7 +13,7 @@ from overture.template import Template
 __all__ = ["FIELDS", "FORMAT", "LATER_FIELDS", "SCHEMAS", "check_description", "check_entries", "check_metadata"]
 
 FORMAT = "overture.soft_prompt"
-SCHEMAS = ("1", "2")
+SCHEMAS = ("1", "2", "3")
 FIELDS: dict[str, tuple[type, ...]] = {
     "base": (dict,),
     "method": (dict,),
@@ -23,8 +23,11 @@ FIELDS: dict[str, tuple[type, ...]] = {
     "template": (str, type(None)),
 }
 """The entries of the metadata's `json` and their types."""
-LATER_FIELDS: dict[str, tuple[type, ...]] = {"head": (dict,), "parts": (list,)}
-"""Entries that schema 2 added; each may be left out."""
+LATER_FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
+    "2": {"head": (dict,), "parts": (list,)},
+    "3": {"before_specials": (bool,)},
+}
+"""Entries that later schemas added; each may be left out."""
 
 _PARTS = ("encoder", "decoder", "cross")
 _PARAMETER = re.compile(r"head\.(?P<module>\w+(\.\w+)*)\.(?P<kind>weight|bias)", re.ASCII)
@@ -44,7 +47,7 @@ def check_metadata(header: dict[str, Any]) -> dict[str, str]:
     if schema not in SCHEMAS:
         newer = re.fullmatch("[1-9][0-9]{0,8}", schema) is not None
         got, do = (schema, "upgrade overture") if newer else (few(schema), COPY_AGAIN)
-        raise refusal(f"schema {' or '.join(SCHEMAS)}", f"schema {got}", do)
+        raise refusal(f"schema {', '.join(SCHEMAS[:-1])} or {SCHEMAS[-1]}", f"schema {got}", do)
     _check_types("__metadata__", metadata, dict.fromkeys(("kind", "json", "sha256"), (str,)))
     if metadata["kind"] not in ("virtual_tokens", "kv_prefix"):
         raise refusal("the kind 'virtual_tokens' or 'kv_prefix'", few(metadata["kind"]))
@@ -129,11 +132,18 @@ def check_description(
     for where, count in counts.items():
         if count != length:
             raise refusal(f"{length} virtual tokens in {where!r}, as in the tensors", str(count))
-    later = {} if metadata["schema"] == "1" else {n: t for n, t in LATER_FIELDS.items() if n in description}
+    later = {
+        name: types
+        for schema, fields in LATER_FIELDS.items()
+        for name, types in fields.items()
+        if int(schema) <= int(metadata["schema"]) and name in description
+    }
     _check_types("json", description, later)
     known = {name: description[name] for name in (*FIELDS, *later)}
     _check_head(known.get("head"), [entry for name, entry in entries.items() if name.startswith("head.")])
     _check_parts(known.get("parts"), metadata["kind"])
+    if known.get("before_specials") and metadata["kind"] != "virtual_tokens":
+        raise refusal("an entry 'before_specials' for the kind 'virtual_tokens' only", few(metadata["kind"]))
     return known
 
 

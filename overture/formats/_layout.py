@@ -10,12 +10,23 @@ from math import prod
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from overture.formats._file import foreign
 from overture.formats._json import canonical, parse
 from overture.formats._refusal import few, refusal
 
-__all__ = ["DTYPES", "MAX_HEADER_BYTES", "Entry", "digest", "header_bytes", "parse_entries", "read_header"]
+__all__ = [
+    "DTYPES",
+    "MAX_HEADER_BYTES",
+    "Entry",
+    "digest",
+    "header_bytes",
+    "parse_entries",
+    "raw",
+    "read_header",
+    "read_tensors",
+]
 
 MAX_HEADER_BYTES = 1 << 20
 """Largest JSON header, bytes. A prefix of 200 layers takes about 35 KiB; the rest is room for method and metrics."""
@@ -76,7 +87,7 @@ def read_header(stream: io.BufferedIOBase, size: int) -> tuple[dict[str, Any], i
     return parse(text, "the header"), 8 + length
 
 
-_EXPECTED = "a safetensors file with an Overture soft prompt"
+_EXPECTED = "a safetensors file with a soft prompt"
 
 
 def parse_entries(header: Mapping[str, Any], payload: int) -> dict[str, Entry]:
@@ -103,6 +114,23 @@ def parse_entries(header: Mapping[str, Any], payload: int) -> dict[str, Entry]:
         if entry.dtype in DTYPES and entry.size != (size := prod(entry.shape) * DTYPES[entry.dtype].itemsize):
             raise refusal(f"{size} bytes for {few(name)}", f"offsets of {entry.size} bytes")
     return entries
+
+
+def read_tensors(stream: io.BufferedIOBase, payload: int, entries: Mapping[str, Entry]) -> dict[str, Tensor]:
+    """The tensors of a file in which they begin at byte `payload`."""
+    tensors: dict[str, Tensor] = {}
+    for name, entry in entries.items():
+        tensors[name] = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+        stream.seek(payload + entry.begin)
+        count = stream.readinto(raw(tensors[name]))
+        if count != entry.size:
+            raise refusal(f"{entry.size} bytes of {name!r}", f"{count}, because the file shrank while being read")
+    return tensors
+
+
+def raw(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, shared with it."""
+    return tensor.view(torch.uint8).numpy().data.cast("B")
 
 
 def digest(metadata: Mapping[str, str], entries: Mapping[str, Entry], tensors: Iterable[memoryview]) -> str:

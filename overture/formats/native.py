@@ -12,15 +12,24 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from overture.errors import OvertureError, PromptFileError
 from overture.files import write_atomically
-from overture.formats._check import FORMAT, SCHEMAS, check_description, check_entries, check_metadata
+from overture.formats._check import FORMAT, LATER_FIELDS, check_description, check_entries, check_metadata
 from overture.formats._file import opened
 from overture.formats._json import canonical, parse, plain
-from overture.formats._layout import DTYPES, MAX_HEADER_BYTES, Entry, digest, header_bytes, parse_entries, read_header
+from overture.formats._layout import (
+    DTYPES,
+    MAX_HEADER_BYTES,
+    Entry,
+    digest,
+    header_bytes,
+    parse_entries,
+    raw,
+    read_header,
+    read_tensors,
+)
 from overture.formats._refusal import naming, refusal
 from overture.prompt import BaseModelId, Head, KVPrefix, SoftPrompt, VirtualTokens
 from overture.template import Template
@@ -121,11 +130,12 @@ def _encode(prompt: SoftPrompt) -> bytes:
         entries[name] = Entry(names.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), begin, end)
     kind = "virtual_tokens" if isinstance(prompt.value, VirtualTokens) else "kv_prefix"
     later = _later(prompt)
-    metadata = {"format": FORMAT, "kind": kind, "schema": SCHEMAS[bool(later)]}
+    schemas = ["1", *(schema for schema, fields in LATER_FIELDS.items() if fields.keys() & later.keys())]
+    metadata = {"format": FORMAT, "kind": kind, "schema": schemas[-1]}
     length = check_entries(kind, metadata["schema"], entries)
     description = check_description(plain(_describe(prompt, length) | later), metadata, entries, length)
     prompt.check_finite()
-    payload = [_raw(tensor) for tensor in tensors.values()]
+    payload = [raw(tensor) for tensor in tensors.values()]
     metadata["json"] = canonical(description)
     metadata["sha256"] = digest(metadata, entries, payload)
     return b"".join([header_bytes(metadata, entries), *payload])
@@ -146,15 +156,14 @@ def _describe(prompt: SoftPrompt, length: int) -> dict[str, Any]:
 
 
 def _later(prompt: SoftPrompt) -> dict[str, Any]:
-    """The entries that schema 2 added, as far as the prompt needs them."""
-    head, parts = prompt.head, prompt.value.parts if isinstance(prompt.value, KVPrefix) else None
-    entries = {"head": head and {"labels": head.labels, "task": head.task, "words": head.words}, "parts": parts}
+    """The entries that later schemas added, as far as the prompt needs them."""
+    head, value = prompt.head, prompt.value
+    entries = {
+        "head": head and {"labels": head.labels, "task": head.task, "words": head.words},
+        "parts": value.parts if isinstance(value, KVPrefix) else None,
+        "before_specials": (isinstance(value, VirtualTokens) and value.before_specials) or None,
+    }
     return {name: entry for name, entry in entries.items() if entry is not None}
-
-
-def _raw(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, shared with it."""
-    return tensor.view(torch.uint8).numpy().data.cast("B")
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,14 +191,8 @@ def _read_header(stream: io.BufferedIOBase, size: int, max_bytes: int) -> _Heade
 
 
 def _read_tensors(stream: io.BufferedIOBase, header: _Header) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for name, entry in header.entries.items():
-        tensors[name] = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
-        stream.seek(header.payload + entry.begin)
-        count = stream.readinto(_raw(tensors[name]))
-        if count != entry.size:
-            raise refusal(f"{entry.size} bytes of {name!r}", f"{count}, because the file shrank while being read")
-    expected, found = header.metadata["sha256"], digest(header.metadata, header.entries, map(_raw, tensors.values()))
+    tensors = read_tensors(stream, header.payload, header.entries)
+    expected, found = header.metadata["sha256"], digest(header.metadata, header.entries, map(raw, tensors.values()))
     if found != expected:
         raise refusal(f"the sha256 {expected[:12]!r}...", f"{found[:12]}..., so the file was damaged or edited")
     return tensors
@@ -201,7 +204,7 @@ def _decode(stream: io.BufferedIOBase, size: int, max_bytes: int) -> SoftPrompt:
     tensors = _read_tensors(stream, header)
     value: VirtualTokens | KVPrefix
     if header.metadata["kind"] == "virtual_tokens":
-        value = VirtualTokens(tensors["embeddings"])
+        value = VirtualTokens(tensors["embeddings"], about.get("before_specials", False))
     else:
         keys, values = (tuple(t for n, t in tensors.items() if n.startswith(part)) for part in ("keys.", "values."))
         parts = about.get("parts")

@@ -101,7 +101,8 @@ def average(prompts: Sequence[AnyPrompt], weights: Sequence[float] | None = None
     _check_alike(prompts, values, saved)
     first = values[0]
     if isinstance(first, VirtualTokens):
-        mean: Value = VirtualTokens(_weighted([v.embeddings for v in values if isinstance(v, VirtualTokens)], shares))
+        tokens = [v.embeddings for v in values if isinstance(v, VirtualTokens)]
+        mean: Value = replace(first, embeddings=_weighted(tokens, shares))
     else:
         prefixes = [v for v in values if isinstance(v, KVPrefix)]
         mean = replace(
@@ -146,6 +147,7 @@ def _check_alike(prompts: Sequence[object], values: Sequence[Value], saved: Sequ
     require(BaseMismatchError, "base model", (f"{p.base.architecture} {p.base.digest[:12]}" for p in saved))
     require(ConfigError, "kind", (type(value).__name__ for value in values))
     require(BaseMismatchError, "shape", (_shape(value) for value in values))
+    require(ConfigError, "place before or behind special tokens", (_place(value) for value in values))
     require(ConfigError, "template", (repr(p.template.source) if p.template else "no template" for p in saved))
     require(ConfigError, "head", (_head(prompt.head) for prompt in saved))
 
@@ -162,6 +164,10 @@ def _mean_head(heads: Sequence[Head], shares: Sequence[float]) -> Head | None:
         return None
     tensors = {name: _weighted([head.tensors[name] for head in heads], shares) for name in heads[0].tensors}
     return replace(heads[0], tensors=tensors)
+
+
+def _place(value: Value) -> str:
+    return "before" if isinstance(value, VirtualTokens) and value.before_specials else "behind"
 
 
 def _shape(value: Value) -> str:

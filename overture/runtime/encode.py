@@ -11,7 +11,7 @@ from overture.runtime.chat import Message, check_messages, render, short
 from overture.runtime.fill import Item, columns_of, common_template, fill, has_text
 from overture.runtime.host import stands_in_text
 from overture.runtime.reading import Encoded, Reading, batch_rows
-from overture.runtime.tokens import filler_id, place_id, prompt_ids, specials_in_front, text_ids
+from overture.runtime.tokens import filler_id, lead_at, place_id, prompt_ids, text_ids
 from overture.runtime.whole import encode_whole
 from overture.spec import ModelSpec
 from overture.template import Template
@@ -39,7 +39,8 @@ def encode(
             template: with `prompt`, `messages` or `text`).
         prompts: the prompt of each row, or a tuple of several that are joined, for their template; None for no prompts.
         spec: the base model's shape. Needed where leading virtual tokens cannot run ahead of the text (encoders, and
-            models without an attention seam): they then get places behind the special tokens in front.
+            models without an attention seam): they then get places behind the special tokens in front, or before
+            them (`VirtualTokens.before_specials`).
         padding_side: where shorter rows are filled up; None for the right of complete texts, as encoders need it, and
             the left of others, as generation needs it.
         complete: whether nothing shall follow: the special tokens behind a text are written, too, as encoders and
@@ -79,7 +80,7 @@ def encode(
             raise DataError(expected=error.expected, got=f"{error.got} (input {number})", do=error.do) from None
         alone = None if isinstance(prompt, tuple) else prompt
         if row.slots is None and spec is not None and alone is not None and stands_in_text(spec, alone):
-            row = row.with_places(alone.length, specials_in_front(tokenizer, row.ids), place_id(tokenizer))
+            row = row.with_places(alone.length, lead_at(tokenizer, row.ids, alone), place_id(tokenizer))
         rows.append(row)
     return batch_rows(rows, filler_id(tokenizer), padding_side or ("right" if complete else "left"))
 

@@ -7,6 +7,7 @@ from itertools import count
 from typing import TYPE_CHECKING
 
 from overture.errors import DataError
+from overture.prompt import SoftPrompt, Value, VirtualTokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 __all__ = [
     "eos_ids",
     "filler_id",
+    "lead_at",
     "leading_specials",
     "place_id",
     "prompt_ids",
@@ -65,6 +67,13 @@ def specials_in_front(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) ->
         return len(specials)
     # A chat template may write a bos of its own.
     return int(ids[0] == tokenizer.bos_token_id)
+
+
+def lead_at(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], prompt: SoftPrompt | Value) -> int:
+    """The position of a row before which leading virtual tokens stand, where they do not run ahead."""
+    value = prompt.value if isinstance(prompt, SoftPrompt) else prompt
+    first = isinstance(value, VirtualTokens) and value.before_specials
+    return 0 if first else specials_in_front(tokenizer, ids)
 
 
 def eos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

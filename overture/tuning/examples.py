@@ -9,7 +9,7 @@ from overture.prompt import BlockInputs
 from overture.runtime.generate import foreign_id
 from overture.runtime.host import stands_in_text
 from overture.runtime.prompts import Piece
-from overture.runtime.tokens import place_id, specials_in_front
+from overture.runtime.tokens import lead_at, place_id
 from overture.spec import ModelSpec
 from overture.tuning.data import BadRow, Row, raise_bad_rows
 from overture.tuning.example import Example
@@ -93,7 +93,7 @@ def encode_for(
         return [example.without_places() for example in examples]
     if not isinstance(prompt, BlockInputs) and stands_in_text(spec, prompt) and not inside:
         length, filler = length_of(prompt), place_id(tokenizer)
-        return [e.with_places(length, specials_in_front(tokenizer, e.ids), filler) for e in examples]
+        return [e.with_places(length, lead_at(tokenizer, e.ids, prompt), filler) for e in examples]
     return examples
 
 

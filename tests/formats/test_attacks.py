@@ -133,6 +133,15 @@ def test_the_forger_can_make_right_files() -> None:
     assert head.words == (("bad",), ("good", "great"))
     assert native.loads(parted(["encoder"]), "forged").value.parts == ("encoder",)  # type: ignore[union-attr]
     assert native.loads(forge(schema="2"), "forged").head is None
+    for before in (True, False):
+        placed = native.loads(forge(description=about(before_specials=before), schema="3"), "forged").value
+        assert placed.before_specials == before  # type: ignore[union-attr]
+
+
+def test_lower_schemas_know_no_places() -> None:
+    for schema in ("1", "2"):
+        placed = native.loads(forge(description=about(before_specials=True), schema=schema), "older").value
+        assert not placed.before_specials  # type: ignore[union-attr]
 
 
 def test_schema_1_knows_no_head_and_no_parts() -> None:
@@ -347,6 +356,15 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "parts out of order": (parted(["cross", "encoder"]), "in this order"),
     "a part twice": (parted(["encoder", "encoder"]), "in this order"),
     "parts of lists": (parted([[]]), "'parts' to be some of"),
+    # places of virtual tokens
+    "before_specials a number": (
+        forge(description=about(before_specials=1), schema="3"),
+        "bool as 'before_specials' in 'json'; got int",
+    ),
+    "before_specials of a prefix": (
+        forge(kv([f32(1, 2, 1)], [f32(1, 2, 1)]), about(before_specials=True), schema="3", kind="kv_prefix"),
+        "'before_specials' for the kind 'virtual_tokens' only",
+    ),
     "parts of virtual tokens": (
         forge(description=about(parts=["encoder"]), schema="2"),
         "'parts' for the kind 'kv_prefix' only",
@@ -446,13 +464,13 @@ def test_numbers_that_are_not_finite(dtype: str, number: int) -> None:
         native.loads(forge({"embeddings": (dtype, [2, 1], data)}), "bad")
 
 
-@pytest.mark.parametrize("schema", ["3", "17"])
+@pytest.mark.parametrize("schema", ["4", "17"])
 def test_a_newer_schema_asks_for_an_upgrade(schema: str) -> None:
     """Also where the newer schema has kinds and entries of its own."""
     for data in (forge(schema=schema), forge({}, [], schema=schema, kind="new")):
         with pytest.raises(PromptFileError) as error:
             native.loads(data, "new")
-        assert error.value.expected == "schema 1 or 2"
+        assert error.value.expected == "schema 1, 2 or 3"
         assert error.value.got == f"schema {schema} (new)"
         assert error.value.do == "upgrade overture"
 

@@ -47,7 +47,8 @@ def assert_same(left: SoftPrompt, right: SoftPrompt) -> None:
     assert left.base == right.base
     assert left.template == right.template
     assert (left.name, left.method, left.metrics) == (right.name, right.method, right.metrics)
-    assert getattr(left.value, "parts", None) == getattr(right.value, "parts", None)
+    for name in ("parts", "before_specials"):
+        assert getattr(left.value, name, None) == getattr(right.value, name, None)
     assert (left.head is None) == (right.head is None)
     if left.head is not None and right.head is not None:
         assert (left.head.task, left.head.labels, left.head.words) == (
@@ -117,7 +118,10 @@ def test_a_reader_written_from_the_document_reads_the_same(name: str, golden_pro
         later["head"] = {"labels": list(prompt.head.labels), "task": prompt.head.task, "words": words}
     if getattr(prompt.value, "parts", None):
         later["parts"] = list(prompt.value.parts)
-    assert metadata["schema"] == ("2" if later else "1") == ("2" if "schema_2" in name else "1")
+    schema = "2" if later else "1"
+    if getattr(prompt.value, "before_specials", False):
+        later["before_specials"], schema = True, "3"
+    assert metadata["schema"] == schema == (name[14] if "schema" in name else "1")
     assert metadata["kind"] == ("virtual_tokens" if isinstance(prompt.value, VirtualTokens) else "kv_prefix")
     assert (
         about

@@ -71,6 +71,14 @@ def test_an_average_can_be_saved(tmp_path):
     assert torch.equal(SoftPrompt.load(tmp_path / "mean.safetensors").value.embeddings, mean.value.embeddings)
 
 
+def _before(before=True):
+    return VirtualTokens(torch.ones(2, 16), before_specials=before)
+
+
+def test_average_of_virtual_tokens_before_special_ones():
+    assert average([_before(), _before()]).before_specials
+
+
 def test_average_carries_gradient():
     first = VirtualTokens(torch.randn(3, 16, requires_grad=True))
     average([first, VirtualTokens(torch.randn(3, 16))], [3, 1]).embeddings.sum().backward()
@@ -90,6 +98,7 @@ def test_average_carries_gradient():
         ([_tokens(2), _tokens(2).value], None, ConfigError, "kind; got SoftPrompt and VirtualTokens"),
         ([_prefix(2), _prefix(2, layers=3)], None, BaseMismatchError, "one shape; got 4 x"),
         ([_tokens(2), replace(_tokens(2), base=BaseModelId("llama", "1" * 64))], None, BaseMismatchError, "base model"),
+        ([_before(), _before(False)], None, ConfigError, "before or behind special tokens; got before and behind"),
         ([_tokens(2), _tokens(2, "[V2]{text}")], None, ConfigError, "template; got no template and '.V2.{text}'"),
     ],
 )
