@@ -14,11 +14,11 @@ from starlette.types import ASGIApp
 from overture.prompt import BaseModelId, SoftPrompt
 from overture.serve.config import ServeConfig
 from overture.serve.directory import Directory
-from overture.serve.gate import Gate
+from overture.serve.gate import HUNG_UP, Gate
 from overture.serve.keys import KeyRing
 from overture.serve.limits import Limits
 from overture.serve.metrics import Metrics
-from overture.serve.refusal import Refusal
+from overture.serve.refusal import ClientGoneError, Refusal, failed
 from overture.serve.requests import Engine
 from overture.serve.routes import admin, chat, completions, health, models
 from overture.serve.service import Service
@@ -68,6 +68,8 @@ def create_app(
         app.include_router(routes.router)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _refused)
+    app.add_exception_handler(ClientGoneError, _hung_up)
+    app.add_exception_handler(Exception, _failed)
     return Gate(app, service)
 
 
@@ -95,16 +97,30 @@ async def _refused(request: Request, error: Exception) -> Response:
     return Refusal(error.status_code, str(error.detail)).response()
 
 
+async def _hung_up(request: Request, error: Exception) -> Response:
+    """Nobody reads this; its status is for logs and metrics."""
+    return Response(status_code=HUNG_UP)
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    """What nobody foresaw. The gate logs where it happened."""
+    return failed().response()
+
+
 async def _invalid(request: Request, error: Exception) -> Response:
-    """The first thing wrong with a body: where and what, not what the client wrote."""
+    """The first thing wrong with a request: where and what, not what the client wrote."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    place = [str(part) for part in first["loc"] if part != "body"]
-    param = ".".join(place) or None
-    if first["type"] == "extra_forbidden":
-        message = f"This server does not support {param!r}."
-    elif first["type"] == "json_invalid":
-        message = "The body is no JSON."
-    else:
-        message = f"{param or 'The request'}: {first['msg']}."
-    return Refusal(400, message, code="invalid_request", param=param).response()
+    param = ".".join(str(part) for part in first["loc"] if part != "body") or None
+    match first["type"]:
+        case "json_invalid":
+            message, param = "The body is no JSON.", None
+        case "extra_forbidden":
+            message = f"This server does not support {param!r}."
+        case "value_error":
+            message = str(first["ctx"]["error"])
+        case _ if param is None:
+            message = "The body must be a JSON object, sent with 'Content-Type: application/json'."
+        case _:
+            message = f"{param}: {first['msg']}."
+    return Refusal(400, message[:1].upper() + message[1:], code="invalid_request", param=param).response()

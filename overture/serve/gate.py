@@ -14,15 +14,15 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from overture.serve.keys import Caller, Role
-from overture.serve.refusal import ClientGoneError, Refusal
+from overture.serve.refusal import Refusal, failed
 from overture.serve.service import Service
 
-__all__ = ["Gate", "is_loopback"]
+__all__ = ["HUNG_UP", "Gate", "is_loopback"]
 
 _log = logging.getLogger("overture.serve")
 _OPEN = ("/health", "/ready", "/openapi.json", "/")
 """Paths that need no key. The playground's are below `/page/`."""
-_HUNG_UP = 499
+HUNG_UP = 499
 """What logs and metrics show for a client that did not wait."""
 
 
@@ -51,11 +51,9 @@ class Gate:
             await self._app(scope, visit.receive, visit.send)
         except Refusal as refusal:
             await visit.refuse(refusal)
-        except ClientGoneError:
-            visit.status = _HUNG_UP
         except Exception as error:
-            _log.error("request %s failed: %s", visit.route, _outline(error))
-            await visit.refuse(Refusal(500, "The server could not answer. Tell the operator.", code="internal_error"))
+            _log.error("%s failed: %s", visit.route, _outline(error))
+            await visit.refuse(failed())
         finally:
             visit.end()
 
@@ -136,7 +134,7 @@ class _Visit:
 
     def end(self) -> None:
         """Count and log the request: its route and figures, nothing of what it said."""
-        seconds, status = time.perf_counter() - self._started, self.status or _HUNG_UP
+        seconds, status = time.perf_counter() - self._started, self.status or HUNG_UP
         self._service.metrics.request(self.route, status, seconds, self.tenant)
         _log.info("%s %d %.0f ms", self.route, status, seconds * 1000)
 

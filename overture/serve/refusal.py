@@ -20,7 +20,7 @@ from overture.errors import (
     UnsupportedModelError,
 )
 
-__all__ = ["ClientGoneError", "Refusal", "explained", "unknown_model"]
+__all__ = ["ClientGoneError", "Refusal", "explained", "failed", "unknown_model"]
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
@@ -73,6 +73,11 @@ def unknown_model(model: str) -> Refusal:
     return Refusal(404, message, code="model_not_found", param="model")
 
 
+def failed() -> Refusal:
+    """The answer when nobody knows what is wrong."""
+    return Refusal(500, "The server could not answer. Try again, or tell the operator.", code="internal_error")
+
+
 def explained(error: OvertureError, model: str) -> Refusal:
     """The answer to an error of the engine or of the store.
 
@@ -92,4 +97,4 @@ def explained(error: OvertureError, model: str) -> Refusal:
         case DataError() | ConfigError() | UnsupportedModelError():
             return Refusal(400, str(error))
         case _:
-            return Refusal(500, "The server could not answer. Try again, or tell the operator.", code="internal_error")
+            return failed()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ import httpx
 import openai
 import pytest
 import torch
+import uvicorn
 from starlette.types import ASGIApp
 
 from overture.prompt import SoftPrompt, VirtualTokens
@@ -44,33 +46,37 @@ class Live:
     """A server that listens on this machine."""
 
     url: str
+    server: uvicorn.Server
     toy: Toy
     store: PromptStore
     keys: KeyRing | None
     secrets: dict[str, str]
+    stack: ExitStack
+    """Closes the clients before the server."""
 
     def client(self, who: str = "ada") -> openai.OpenAI:
         """The official client, with that tenant's key."""
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.secrets.get(who, "none"), max_retries=0)
+        key = self.secrets.get(who, "none")
+        return self.stack.enter_context(openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0))
 
     def http(self, who: str | None = "ada") -> httpx.Client:
         """A plain client."""
         headers = {} if who is None else {"Authorization": f"Bearer {self.secrets.get(who, 'none')}"}
-        return httpx.Client(base_url=self.url, headers=headers, timeout=20)
+        return self.stack.enter_context(httpx.Client(base_url=self.url, headers=headers, timeout=20))
 
 
 Serve = Callable[..., Live]
 
 
 @contextmanager
-def listening(app: ASGIApp) -> Iterator[str]:
-    """Run an application in a thread; gives its URL."""
+def listening(app: ASGIApp) -> Iterator[tuple[str, uvicorn.Server]]:
+    """Run an application in a thread; gives its URL, and the server to stop."""
     place = opened("127.0.0.1", 0)
     server = make_server(app, drain=1.0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [place]})
     thread.start()
     try:
-        yield f"http://127.0.0.1:{place.getsockname()[1]}"
+        yield f"http://127.0.0.1:{place.getsockname()[1]}", server
     finally:
         server.should_exit = True
         thread.join(10)
@@ -78,12 +84,30 @@ def listening(app: ASGIApp) -> Iterator[str]:
 
 
 @pytest.fixture
-def store() -> Iterator[PromptStore]:
+def root() -> Iterator[Path]:
+    """Where the store lies."""
+    with quick_folder() as folder:
+        yield folder / "store"
+
+
+@pytest.fixture(scope="session")
+def pattern() -> Iterator[Path]:
     """Two tenants and a shared one. Ada and Bob both have a `bard`; only Bob has a `secret`."""
-    with quick_folder() as folder, PromptStore(folder / "store") as opened_store:
-        for seed, address in enumerate(["ada/bard", "ada/bard", "ada/poet", "bob/bard", "bob/secret", "tasks/summary"]):
-            opened_store.publish(*address.split("/"), make_prompt(seed))
-        yield opened_store
+    with quick_folder() as folder:
+        with PromptStore(folder / "store") as made:
+            for seed, address in enumerate(
+                ["ada/bard", "ada/bard", "ada/poet", "bob/bard", "bob/secret", "tasks/summary"]
+            ):
+                made.publish(*address.split("/"), make_prompt(seed))
+        yield folder / "store"
+
+
+@pytest.fixture
+def store(root: Path, pattern: Path) -> Iterator[PromptStore]:
+    """A copy of the pattern for each test."""
+    shutil.copytree(pattern, root)
+    with PromptStore(root) as copied:
+        yield copied
 
 
 @pytest.fixture
@@ -100,7 +124,7 @@ def serve(store: PromptStore, tmp_path: Path) -> Iterator[Serve]:
                 secrets |= {role.value: ring.add(role)[1] for role in (Role.ADMIN, Role.METRICS)}
             config = ServeConfig(**{"shared": ("tasks",), **options})
             app = create_app(toy, store, config=config, base=BASE, vocab_size=VOCAB, keys=ring)
-            url = stack.enter_context(listening(app))
-            return Live(url, toy, store, ring, secrets)
+            url, server = stack.enter_context(listening(app))
+            return Live(url, server, toy, store, ring, secrets, stack)
 
         yield start

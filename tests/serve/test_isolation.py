@@ -43,26 +43,26 @@ def test_others_names_answer_as_unknown_ones_do(serve: Serve) -> None:
     """The bodies differ in the name that the client sent, and in nothing else; headers not at all."""
     live = serve()
     seen = set()
-    with live.http() as client:
-        for model in (
-            "secret",
-            "nobody",
-            "bob/secret",
-            "bob/nobody",
-            "zoe/nobody",
-            "bard@9",
-            "secret@1",
-            "bard+secret",
+    client = live.http()
+    for model in (
+        "secret",
+        "nobody",
+        "bob/secret",
+        "bob/nobody",
+        "zoe/nobody",
+        "bard@9",
+        "secret@1",
+        "bard+secret",
+    ):
+        chat = {"model": model, "messages": [{"role": "user", "content": "a"}]}
+        for answer in (
+            client.post("/v1/chat/completions", json=chat),
+            client.post("/v1/chat/completions", json=chat | {"stream": True}),
+            client.post("/v1/completions", json={"model": model, "prompt": "a"}),
+            client.get(f"/v1/models/{model}"),
         ):
-            chat = {"model": model, "messages": [{"role": "user", "content": "a"}]}
-            for answer in (
-                client.post("/v1/chat/completions", json=chat),
-                client.post("/v1/chat/completions", json=chat | {"stream": True}),
-                client.post("/v1/completions", json={"model": model, "prompt": "a"}),
-                client.get(f"/v1/models/{model}"),
-            ):
-                headers = {k: v for k, v in answer.headers.items() if k not in ("date", "content-length")}
-                seen.add((answer.status_code, answer.text.replace(model, "?"), str(headers)))
+            headers = {k: v for k, v in answer.headers.items() if k not in ("date", "content-length")}
+            seen.add((answer.status_code, answer.text.replace(model, "?"), str(headers)))
     assert len(seen) == 1
     assert next(iter(seen))[0] == 404
     assert live.toy.jobs == []
@@ -138,9 +138,9 @@ def test_keys_open_their_routes_and_no_others(serve: Serve) -> None:
     live = serve()
     expected = {"ada": (200, 403, 403), "admin": (403, 200, 200), "metrics": (403, 200, 403)}
     for who, statuses in expected.items():
-        with live.http(who) as client:
-            paths = ("/v1/models", "/metrics", "/admin/stats")
-            assert tuple(client.get(path).status_code for path in paths) == statuses
+        client = live.http(who)
+        paths = ("/v1/models", "/metrics", "/admin/stats")
+        assert tuple(client.get(path).status_code for path in paths) == statuses
 
 
 def test_a_removed_key_opens_nothing_at_once(serve: Serve) -> None:
@@ -186,9 +186,9 @@ def test_nothing_of_a_user_is_logged(
     with pytest.raises(openai.NotFoundError):
         client.completions.create(model="hidden-name", prompt="very private text")
     list(client.completions.create(model="poet", prompt="very private text", stream=True))
-    with live.http() as plain:
-        plain.post("/v1/completions", content=b'{"prompt": "very private text"')
-        plain.get("/admin/tenants/ada")
+    plain = live.http()
+    plain.post("/v1/completions", content=b'{"prompt": "very private text"')
+    plain.get("/admin/tenants/ada")
     own = [r for r in caplog.records if not r.name.startswith(("httpcore", "httpx", "openai"))]  # the clients' own
     said = "\n".join(f"{record.name} {record.getMessage()} {record.exc_text}" for record in own)
     assert "POST /v1/completions 404" in said
@@ -199,9 +199,9 @@ def test_nothing_of_a_user_is_logged(
 def test_without_keys_only_this_machine_may_ask(serve: Serve) -> None:
     """A page of the web reaches a loopback server by its own name (rebinding) or with its origin: both are refused."""
     live = serve(auth=False)
-    with live.http(None) as client:
-        assert client.get("/v1/models").status_code == 200
-        assert client.get("/admin/stats").status_code == 200
-        for headers in ({"Host": "evil.example"}, {"Origin": "https://evil.example"}, {"Origin": "null"}):
-            assert client.get("/v1/models", headers=headers).status_code == 403
-        assert client.get("/v1/models", headers={"Origin": "http://localhost:8000"}).status_code == 200
+    client = live.http(None)
+    assert client.get("/v1/models").status_code == 200
+    assert client.get("/admin/stats").status_code == 200
+    for headers in ({"Host": "evil.example"}, {"Origin": "https://evil.example"}, {"Origin": "null"}):
+        assert client.get("/v1/models", headers=headers).status_code == 403
+    assert client.get("/v1/models", headers={"Origin": "http://localhost:8000"}).status_code == 200

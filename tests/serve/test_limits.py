@@ -1,0 +1,188 @@
+"""Too much, too large, too slow, gone: each ends with its own status, and with the rows given back."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import openai
+import pytest
+
+from overture.errors import ConfigError
+from overture.serve.config import ServeConfig
+from overture.serve.limits import Limits
+from overture.serve.refusal import Refusal
+from tests.serve.conftest import Live, Serve
+
+CHAT = {"model": "bard", "messages": [{"role": "user", "content": "a"}]}
+
+
+def eventually(true: Callable[[], bool], seconds: float = 5.0) -> bool:
+    """Whether something becomes true in time."""
+    end = time.monotonic() + seconds
+    while not true() and time.monotonic() < end:
+        time.sleep(0.01)
+    return true()
+
+
+def answers(live: Live) -> float:
+    """What the server itself counts as under way."""
+    client = live.http("admin")
+    lines = client.get("/metrics").text.splitlines()
+    return float(next(line for line in lines if line.startswith("overture_answers ")).split()[1])
+
+
+def raw(live: Live, body: bytes, who: str = "ada") -> socket.socket:
+    """Send a request over a socket of our own."""
+    host, _, port = live.url.removeprefix("http://").partition(":")
+    connection = socket.create_connection((host, int(port)), timeout=10)
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {live.secrets[who]}\r\n"
+    connection.sendall(f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+    return connection
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_hangs_up_frees_its_rows_at_once(serve: Serve, stream: bool) -> None:
+    """Before the first token or after it. Two answers of 8 words at 0.5 s would take 4 s; they end within one word."""
+    live = serve(pace=0.5)
+    connection = raw(live, json.dumps(CHAT | {"stream": stream, "n": 2}).encode())
+    assert eventually(lambda: len(live.toy.jobs) == 2)
+    if stream:
+        assert b"200 OK" in connection.recv(4096)
+    connection.close()
+    assert eventually(lambda: len(live.toy.cancelled) == 2, 1.0)
+    assert eventually(lambda: [end.reason for end in live.toy.ended.values()] == ["cancelled"] * 2, 1.0)
+    assert answers(live) == 0
+
+
+def test_a_client_that_leaves_a_stream_of_the_official_library(serve: Serve) -> None:
+    live = serve(pace=0.2)
+    stream = live.client().chat.completions.create(stream=True, **CHAT)  # type: ignore[call-overload]
+    next(iter(stream))
+    stream.close()
+    assert eventually(lambda: len(live.toy.cancelled) == 1, 1.0)
+
+
+def test_requests_per_minute() -> None:
+    """With a clock of our own. Oracle: so many at once, and one more every minute / so many."""
+    now = [0.0]
+    limits = Limits(ServeConfig(requests_per_minute=6), clock=lambda: now[0])
+    for _ in range(6):
+        limits.admit("ada", 1).release()
+    with pytest.raises(Refusal) as caught:
+        limits.admit("ada", 1)
+    assert (caught.value.status_code, caught.value.headers) == (429, {"Retry-After": "10"})
+    limits.admit("bob", 1)  # another tenant's limit is its own
+    now[0] = 10.0
+    limits.admit("ada", 1)
+    with pytest.raises(Refusal):
+        limits.admit("ada", 1)
+    now[0] = 10_000.0
+    for _ in range(6):  # what was not used does not pile up
+        limits.admit("ada", 1)
+    with pytest.raises(Refusal):
+        limits.admit("ada", 1)
+
+
+def test_answers_at_once_and_the_queue() -> None:
+    limits = Limits(ServeConfig(concurrency=3, queue=4, choices=3))
+    first = limits.admit("ada", 2)
+    with pytest.raises(Refusal, match="3 answers at once"):
+        limits.admit("ada", 2)
+    limits.admit("bob", 2)
+    with pytest.raises(Refusal, match="busy"):
+        limits.admit("eve", 1)
+    with pytest.raises(Refusal, match="3 answers at most") as caught:
+        limits.admit("eve", 4)
+    assert caught.value.status_code == 400  # waiting would not help
+    first.release()
+    first.release()
+    assert limits.answers == 2
+    limits.admit("ada", 2)
+
+
+def test_a_busy_tenant_is_told_when_to_come_back(serve: Serve) -> None:
+    live = serve(pace=0.3, concurrency=1)
+    stream = live.client().chat.completions.create(stream=True, **CHAT)  # type: ignore[call-overload]
+    with pytest.raises(openai.RateLimitError) as caught:
+        live.client().chat.completions.create(**CHAT)  # type: ignore[call-overload]
+    assert int(caught.value.response.headers["Retry-After"]) >= 1
+    assert caught.value.code == "concurrency_limit_exceeded"
+    assert live.client("bob").chat.completions.create(max_tokens=1, **CHAT).choices  # type: ignore[call-overload]
+    stream.close()
+
+
+def test_too_large_by_its_header_or_by_its_parts(serve: Serve) -> None:
+    live = serve(request_bytes=1000)
+    client = live.http()
+    announced = client.post("/v1/completions", content=b"x" * 1001)
+    in_parts = client.post("/v1/completions", content=(b"x" * 400 for _ in range(4)))
+    for answer in (announced, in_parts):
+        assert (answer.status_code, answer.json()["error"]["code"]) == (413, "request_too_large")
+
+
+def test_a_body_that_does_not_arrive(serve: Serve) -> None:
+    live = serve(body_seconds=0.2)
+    host, _, port = live.url.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=5) as connection:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {live.secrets['ada']}\r\n"
+        connection.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+        assert connection.recv(100).startswith(b"HTTP/1.1 408")
+
+
+def test_an_answer_that_takes_too_long(serve: Serve) -> None:
+    live = serve(pace=0.2, answer_seconds=0.5)
+    with pytest.raises(openai.APIStatusError) as caught:
+        live.client().chat.completions.create(**CHAT)  # type: ignore[call-overload]
+    assert caught.value.status_code == 504
+    stream = live.client().chat.completions.create(stream=True, **CHAT)  # type: ignore[call-overload]
+    with pytest.raises(openai.APIError, match="longer than this server allows"):
+        list(stream)
+    assert eventually(lambda: len(live.toy.cancelled) == 2)
+    assert answers(live) == 0
+
+
+def test_a_broken_prompt_is_unavailable_and_others_are_not(serve: Serve, root: Path) -> None:
+    live = serve()
+    (file,) = root.rglob(live.store.record("ada", "poet").sha256 + "*")
+    file.write_bytes(b"broken")
+    for stream in (False, True):
+        with pytest.raises(openai.InternalServerError) as caught:
+            live.client().completions.create(model="poet", prompt="a", stream=stream)
+        assert (caught.value.status_code, caught.value.code) == (503, "prompt_unavailable")
+        assert "blobs" not in caught.value.message
+    assert live.client().completions.create(model="bard", prompt="a").choices
+
+
+def test_an_engine_that_fails_is_the_servers_error(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it says may quote a user, and reaches neither the client nor (test_isolation) the log."""
+    live = serve()
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("private text")
+
+    monkeypatch.setattr(live.toy, "submit", fail)
+    client = live.http()
+    answer = client.post("/v1/chat/completions", json=CHAT)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
+    assert "private" not in answer.text
+    assert answers(live) == 0
+
+
+def test_a_server_told_to_stop_finishes_its_answers(serve: Serve) -> None:
+    """The stream that was under way ends with all its words; a new connection is refused meanwhile."""
+    live = serve(pace=0.05)
+    stream = live.client().chat.completions.create(stream=True, seed=1, max_tokens=8, **CHAT)  # type: ignore[call-overload]
+    live.server.should_exit = True
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
+    assert text == "".join(f"ada/bard@2:1:{i} " for i in range(8))
+
+
+def test_limits_are_checked() -> None:
+    with pytest.raises(ConfigError):
+        ServeConfig(queue=0)
+    with pytest.raises(ConfigError):
+        ServeConfig(model_name="a+b")
