@@ -1,0 +1,216 @@
+"""Keys and values of the rows: shelves of slots, one for every size, so that a long row costs short ones nothing.
+
+A row stands in a slot of the smallest shelf that holds it, its prompt's prefix in front of its text, and moves up when
+it has outgrown the shelf. The first slots of a shelf are taken, the rest are free: what attention reads is a view.
+
+Shape suffixes: R slots, S positions of a slot, K key/value heads, D key size, E value size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import count
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from overture.prompt import KVPrefix, VirtualTokens
+
+__all__ = ["LayerShape", "Line", "Place", "Shelf", "Shelves"]
+
+_NUMBERS = count()
+_SMALLEST = 64
+_FEWEST = 4
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """What one attention layer keeps of a position."""
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of a position."""
+        return self.kv_heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
+
+
+@dataclass(slots=True, eq=False)
+class Place:
+    """Where a row's keys and values stand."""
+
+    shelf: Shelf
+    slot: int
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class Line:
+    """What the model reads of one row, and how far it has read."""
+
+    ids: list[int] = field(default_factory=list)
+    """Token ids, with places of virtual tokens that stand inside the text."""
+    slots: tuple[int, ...] = ()
+    """From the beginning: -1 for text, else the index of the virtual token that stands there."""
+    virtual: VirtualTokens | None = None
+    """Virtual tokens inside the text, on the model's device."""
+    prefix: KVPrefix | None = None
+    """What stands in front of the text, as the model's layers keep it."""
+    cached: int = 0
+    """Positions in the slot, the prefix's included."""
+    place: Place | None = None
+
+    @property
+    def ahead(self) -> int:
+        """Positions of the prefix, P."""
+        return 0 if self.prefix is None else self.prefix.length
+
+    @property
+    def length(self) -> int:
+        """Positions of the prefix and of all there is to read."""
+        return self.ahead + len(self.ids)
+
+    @property
+    def unread(self) -> int:
+        """Tokens that are not in the slot."""
+        return self.length - self.cached if self.place is not None else len(self.ids)
+
+
+class Shelf:
+    """Slots of one size."""
+
+    def __init__(self, layers: Sequence[LayerShape], size: int) -> None:
+        self.number = next(_NUMBERS)
+        self.size = size
+        self.rows: list[Line] = []
+        self.capacity = 0
+        self.keys = [_empty(layer, 0, size, layer.key_dim) for layer in layers]
+        self.values = [_empty(layer, 0, size, layer.value_dim) for layer in layers]
+
+    def resize(self, capacity: int) -> None:
+        """Have so many slots, not fewer than rows. One layer after the other, so that little is held twice."""
+        taken = len(self.rows)
+        for tensors in (self.keys, self.values):
+            for i, old in enumerate(tensors):
+                # What is never written is masked, but read: it must be numbers.
+                new = old.new_zeros(capacity, *old.shape[1:])
+                new[:taken] = old[:taken]
+                tensors[i] = new
+        self.capacity = capacity
+
+    def add(self, row: Line) -> None:
+        """Put a row into the first free slot, with what it has in its slot elsewhere; else with its prefix."""
+        slot, before = len(self.rows), row.place
+        self.rows.append(row)
+        if before is not None:
+            for tensors, others in ((self.keys, before.shelf.keys), (self.values, before.shelf.values)):
+                for tensor, other in zip(tensors, others, strict=True):
+                    tensor[slot, : row.cached] = other[before.slot, : row.cached]
+            before.shelf.remove(row)
+        else:
+            row.cached = row.ahead
+        if before is None and row.prefix is not None:
+            for tensors, parts in ((self.keys, row.prefix.keys), (self.values, row.prefix.values)):
+                for tensor, part in zip(tensors, parts, strict=True):
+                    tensor[slot, : row.ahead] = part.transpose(0, 1)
+        row.place = Place(self, slot)
+
+    def remove(self, row: Line) -> None:
+        """Free a row's slot; the last row takes it."""
+        assert row.place is not None
+        slot, last = row.place.slot, self.rows.pop()
+        row.place = None
+        if last is not row:
+            assert last.place is not None
+            for tensor in (*self.keys, *self.values):
+                tensor[slot, : last.cached] = tensor[last.place.slot, : last.cached]
+            self.rows[slot] = last
+            last.place.slot = slot
+
+    def wipe(self, slot: int) -> None:
+        """Write zeros over a slot: a NaN that a row left behind would reach the next one through masks."""
+        for tensor in (*self.keys, *self.values):
+            tensor[slot] = 0
+
+
+class Shelves:
+    """All shelves, within a budget of bytes.
+
+    Args:
+        layers: what the model keeps of a position.
+        budget: most bytes for all slots, taken or free.
+        longest: positions that no row exceeds, or None.
+    """
+
+    def __init__(self, layers: Sequence[LayerShape], budget: int, longest: int | None) -> None:
+        self.layers, self.budget = layers, budget
+        self.per_position = sum(layer.bytes for layer in layers)
+        self.shelves: dict[int, Shelf] = {}
+        self.apart: list[Shelf] = []
+        # A row that moves up stands in two slots for a moment.
+        fits = budget // (2 * self.per_position)
+        self.longest = min(longest or fits, fits)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all slots."""
+        every = (*self.shelves.values(), *self.apart)
+        return self.per_position * sum(shelf.capacity * shelf.size for shelf in every)
+
+    def shelf(self, positions: int) -> Shelf | None:
+        """The shelf for a row of so many positions, with a free slot; None if there is no room."""
+        size = self._size(positions)
+        shelf = self.shelves.setdefault(size, Shelf(self.layers, size))
+        taken = len(shelf.rows)
+        if taken == shelf.capacity:
+            wanted = (max(2 * taken, _FEWEST), taken + 1)
+            capacity = next((slots for slots in wanted if self._room((slots - taken) * size)), None)
+            if capacity is None:
+                return None
+            shelf.resize(capacity)
+        return shelf
+
+    def alone(self, positions: int) -> Shelf | None:
+        """A shelf with one slot, for a row that is still being read; None if there is no room."""
+        size = self._size(positions)
+        if not self._room(size):
+            return None
+        shelf = Shelf(self.layers, size)
+        shelf.resize(1)
+        self.apart.append(shelf)
+        return shelf
+
+    def leave(self, row: Line) -> None:
+        """Free a row's slot."""
+        if row.place is not None:
+            row.place.shelf.remove(row)
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Let go of shelves for single rows that are empty."""
+        self.apart = [shelf for shelf in self.apart if shelf.rows]
+
+    def _size(self, positions: int) -> int:
+        size = _SMALLEST
+        while size < positions:
+            size *= 2
+        return min(size, max(self.longest, positions))
+
+    def _room(self, positions: int) -> bool:
+        """Whether there is room for so many positions more, if need be without the free slots of other shelves."""
+        wanted = self.per_position * positions
+        if self.bytes + wanted <= self.budget:
+            return True
+        for shelf in self.shelves.values():
+            if self.bytes + wanted > self.budget and shelf.capacity > len(shelf.rows):
+                shelf.resize(len(shelf.rows))
+        return self.bytes + wanted <= self.budget
+
+
+def _empty(layer: LayerShape, capacity: int, size: int, dim: int) -> Float[Tensor, "R S K D"]:
+    return torch.zeros(capacity, size, layer.kv_heads, dim, dtype=layer.dtype, device=layer.device)
