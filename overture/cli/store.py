@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from overture.cli._options import Json, Quiet, columns
+from overture.cli._options import Json, Model, Quiet, columns
 from overture.cli._ui import Ui
 from overture.errors import ConfigError
 
@@ -291,6 +291,31 @@ def rotate_key(
     with _opened(ui, store, blobs) as opened:
         count = opened.rotate_key(key)
     ui.result({"key": key.id, "tenants": count}, f"The store's key is {key.id} now; {_count(count, 'tenant')}")
+
+
+@app.command("compile")
+def compile_(
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[TENANT/NAME]...", help="Prompts to compile; else all of the model's."),
+    ] = None,
+    model: Model = "tiny",
+    store: Store = HERE,
+    blobs: Blobs = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Publish prompts of virtual tokens anew as keys and values, which vLLM can serve. What they do stays the same."""
+    from overture.cli._compiling import compiled
+    from overture.cli._session import load_session
+
+    ui = Ui(as_json, quiet)
+    named = [_name(prompt) for prompt in prompts or ()]
+    with _opened(ui, store, blobs) as opened:
+        base = load_session(ui, model).model
+        published = compiled(opened, base, named, lambda found: ui.track(found, "Compiling"))
+    shown = [f"Published {r.tenant}/{r.name}@{r.version}{_unless_current(r)}" for r in published]
+    ui.result({"published": [record.as_dict() for record in published]}, *(shown or ["Nothing to compile."]))
 
 
 @contextmanager

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import overture as ov
 from overture.cli import main
-from overture.prompt import BaseModelId, SoftPrompt, VirtualTokens
+from overture.prompt import BaseModelId, KVPrefix, SoftPrompt, VirtualTokens
 from overture.store import Key, PromptStore
+from overture.template import Template
 
 from .conftest import Run
 from .test_bad_input import check
@@ -135,3 +137,29 @@ def test_bad_input(run: Run, here: Path) -> None:
 def test_without_a_verb_it_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["store"]) == 0
     assert "rollback" in capsys.readouterr().out
+
+
+def test_compile_publishes_keys_and_values_that_do_the_same(run: Run, here: Path) -> None:
+    """Oracle: the base model's answer behind the virtual tokens themselves."""
+    model, tokenizer = ov.load_base("tiny")
+    base = ov.ModelSpec.of(model).base
+    value = VirtualTokens(0.02 * torch.randn(3, model.config.hidden_size))
+    with PromptStore(here / "store") as store:
+        store.publish("acme", "poet", SoftPrompt(value, base), metadata={"team": "red"})
+        store.publish("acme", "asker", SoftPrompt(value, base, Template.parse("{text} [V3]")))
+        store.publish("acme", "foreign", SoftPrompt(value, BaseModelId("llama", "0" * 64)))
+    assert run("store", "compile").out == "Published acme/poet@2\n"
+    assert run("store", "compile").out == "Nothing to compile.\n"
+    check(run("store", "compile", "acme/asker"), 5, "in front of all text")
+    check(run("store", "compile", "acme/foreign"), 5, "the base model that the prompt")
+    with PromptStore(here / "store") as store:
+        assert store.record("acme", "poet").metadata == {"team": "red", "compiled_from": 1}
+        made = store.get("acme", "poet")
+    assert isinstance(made.value, KVPrefix)
+    batch = tokenizer(["Any dinner ideas?"], return_tensors="pt")
+    answers = []
+    for prompt in (SoftPrompt(value, base), made):
+        with ov.prompts(model, [prompt]):
+            answers.append(model(**batch).logits)
+    # One model and the same fp32 numbers, kept or made anew.
+    torch.testing.assert_close(answers[0], answers[1], rtol=1e-5, atol=1e-5)

@@ -103,9 +103,10 @@ def _reference(record: Record) -> Reference:
 
 
 def _require_servable(prompt: SoftPrompt, address: str) -> None:
+    bare, _, _ = address.rpartition("@")
     expected, got, do = "", "", "use Overture's own server for it"
     if not isinstance(prompt.value, KVPrefix):
-        expected, got, do = "keys and values", "virtual tokens", f"run `overture store compile {address}`"
+        expected, got, do = "keys and values", "virtual tokens", f"run `overture store compile {bare}`"
     elif prompt.value.parts is not None:
         expected, got = "a prompt of a decoder", "one of an encoder-decoder"
     elif prompt.head is not None:
