@@ -50,6 +50,7 @@ class TuningView:
         self.tokens = 0
         self.elapsed = 0.0
         self.said = 0
+        self.pending: str | None = None
         self.live = Live(console=ui.err, transient=True, refresh_per_second=8, get_renderable=self._render)
 
     def __enter__(self) -> TuningView:
@@ -58,6 +59,7 @@ class TuningView:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._say()
         self.live.stop()
 
     def __call__(self, event: Event) -> None:
@@ -75,6 +77,7 @@ class TuningView:
                 pass
 
     def _step(self, event: StepDone) -> None:
+        self._say()
         if self.first is None:
             # The first step also warms up, so speed and time left are counted from its end.
             self.first = (event.step, event.elapsed)
@@ -87,7 +90,13 @@ class TuningView:
         tenth = self.done * _SPARSE // max(self.total, 1)
         if not self.ui.live and tenth > self.said:
             self.said = tenth
-            self.ui.note(f"step {self.done}/{self.total}  {self._losses()}  {self._speed()}")
+            self.pending = self._speed()
+
+    def _say(self) -> None:
+        """Say the last line that is due: once the next step begins, because the step's evaluation comes behind it."""
+        if self.pending is not None:
+            self.ui.note(f"step {self.done}/{self.total}  {self._losses()}  {self.pending}")
+            self.pending = None
 
     @property
     def _seconds(self) -> float:

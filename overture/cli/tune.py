@@ -11,7 +11,7 @@ import typer
 
 from overture.cli._options import Data, Json, Model, Quiet, Seed, check_data, check_output
 from overture.cli._program import program
-from overture.cli._ui import Ui
+from overture.cli._ui import Ui, count
 
 if TYPE_CHECKING:
     from overture.tuning.results import TuneResult
@@ -140,6 +140,7 @@ def _document(result: TuneResult, out: Path, report: Path | None) -> dict[str, A
         "base_parameters": result.base_parameters,
         "loss_before": result.frozen_loss,
         "loss_after": result.loss,
+        "best_step": result.prompt.metrics.get("best_step"),
         "seconds": result.seconds,
         "stop_reason": result.stop_reason,
     }
@@ -166,14 +167,17 @@ def _panel(result: TuneResult, out: Path, report: Path | None, command: str) -> 
 
     share = 100 * result.stored_parameters / result.base_parameters
     measured = "the held-out rows" if result.prompt.metrics.get("dev_rows") else "the training rows"
-    steps, early = result.prompt.metrics.get("steps"), result.stop_reason == "early stop"
+    steps, best = (result.prompt.metrics.get(name) for name in ("steps", "best_step"))
+    early = " (early stop)" if result.stop_reason == "early stop" else ""
+    # Without held-out rows the last step is the one that is kept.
+    kept = f", after step {best}, the best on {measured}" if result.dev_curve else ""
     better = result.loss < result.frozen_loss
     rows = {
         "loss before": Text(f"{result.frozen_loss:.4f} nats per {result.unit}, frozen model on {measured}"),
-        "loss after": Text(f"{result.loss:.4f}", style="bold green" if better else "bold red"),
+        "loss after": Text.assemble((f"{result.loss:.4f}", "bold green" if better else "bold red"), kept),
         "parameters": Text(f"{result.trained_parameters:,} trained, {result.stored_parameters:,} stored"),
         "share of base": Text(f"{share:.3g} % of {result.base_parameters:,}"),
-        "time": Text(f"{result.seconds:.1f} s, {steps} steps" + (" (early stop)" if early else "")),
+        "time": Text(f"{result.seconds:.1f} s, {count(steps, 'step')}{early}"),
         "prompt": Text(str(out)),
     }
     if report is not None:

@@ -36,6 +36,16 @@ def test_lines_are_sparse_where_nobody_looks(capsys: pytest.CaptureFixture[str])
     assert "0:50 left" in lines[4]
 
 
+def test_a_line_shows_the_evaluation_of_its_own_step(capsys: pytest.CaptureFixture[str]) -> None:
+    """It comes behind the step, and the last one behind the last step."""
+    with TuningView(Ui(), {"a": "prefix"}) as view:
+        for step in range(1, 3):
+            view(StepDone(step, 2, {"a": 2.0}, 100, 0.1 * step))
+            view(Evaluated("a", step, float(step), True))
+    lines = capsys.readouterr().err.splitlines()
+    assert ["held-out 1.000" in lines[0], "held-out 2.000" in lines[1], len(lines)] == [True, True, 2]
+
+
 @pytest.mark.parametrize("ui", [Ui(json=True), Ui(quiet=True)])
 def test_nothing_where_nothing_is_wanted(ui: Ui, capsys: pytest.CaptureFixture[str]) -> None:
     with TuningView(ui, {"a": "prefix"}) as view:

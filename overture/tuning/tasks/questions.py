@@ -88,10 +88,12 @@ class QuestionAnswering(PredictingTask):
     def predict(
         self, model: PreTrainedModel, rows: Sequence[Trained], examples: Sequence[Example], form: Form
     ) -> list[Prediction]:
-        """The likeliest span of the context, or none."""
+        """The likeliest span of the context, or none where the tokenizer has a token to stand for that."""
         logits = _logits(model, rows, examples, filler_id(form.tokenizer))
+        # Without a special token in front the first one is a word of the question, and stands for nothing.
+        nowhere = bool(leading_specials(form.tokenizer))
         return [
-            _best(start.log_softmax(0), end.log_softmax(0), example)
+            _best(start.log_softmax(0), end.log_softmax(0), example, nowhere)
             for (start, end), example in zip(logits, examples, strict=True)
             if isinstance(example, SpanExample)
         ]
@@ -123,11 +125,11 @@ def _logits(
     return [(start[i, list(e.text)], end[i, list(e.text)]) for i, e in enumerate(examples)]
 
 
-def _best(start: Float[Tensor, " T"], end: Float[Tensor, " T"], example: SpanExample) -> Answer:
+def _best(start: Float[Tensor, " T"], end: Float[Tensor, " T"], example: SpanExample, nowhere: bool) -> Answer:
     inside = torch.tensor([place is not None for place in example.places], device=start.device)
     scores = start[:, None] + end[None]
     allowed = torch.ones_like(scores, dtype=torch.bool).triu().tril(_LONGEST - 1) & inside[:, None] & inside[None]
-    allowed[_NOWHERE] = True
+    allowed[_NOWHERE] |= nowhere
     best = int(scores.masked_fill(~allowed, -torch.inf).argmax())
     first, last = divmod(best, len(start))
     opening, closing = example.places[first], example.places[last]

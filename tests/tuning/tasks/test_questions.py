@@ -20,8 +20,10 @@ from overture.tuning.evaluate import evaluate
 from overture.tuning.examples import encode_for
 from overture.tuning.forward import Trained
 from overture.tuning.predictions import Answer
-from overture.tuning.tasks import TASKS, Form
+from overture.tuning.tasks import TASKS, Form, questions
 from overture.tuning.tasks.questions import SpanExample
+
+from .conftest import make_tokenizer
 
 TASK = TASKS["question-answering"]
 Make = Callable[..., PreTrainedModel]
@@ -83,6 +85,25 @@ def test_answers_are_found_after_training(make_model: Make, tokenizer: Any) -> N
     alone = ov.predict(model, tokenizer, questions[1:2])[0]
     assert mixed[1].text == alone.text
     assert mixed[1].probability == pytest.approx(alone.probability, rel=1e-9)  # fp64; the batch is padded
+
+
+def test_nowhere_is_an_answer_only_behind_a_special_token(
+    make_model: Make, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that is surest of its first position. Oracle: the likeliest word of the context, by hand."""
+
+    def first_then_seventh(model: Any, rows: Any, examples: list[Any], filler: int) -> Any:
+        scores = [torch.full((len(e.text),), -9.0, dtype=torch.float64) for e in examples]
+        for score in scores:
+            score[0], score[7] = 9.0, 5.0
+        return list(zip(scores, scores, strict=True))
+
+    monkeypatch.setattr(questions, "_logits", first_then_seventh)
+    model, asked = make_model("bert", "question-answering"), [row("who is great ?", "it was a ship .", "")]
+    bare = make_tokenizer(around="$A [SEP]", pair="$A [SEP] $B:1 [SEP]:1")
+    # [CLS] who is great ? [SEP] it was a ship . [SEP]; without [CLS] the seventh of 0, 1, 2 ... is one word on.
+    [with_special], [without] = (ov.predict(model, each, asked) for each in (tokenizer, bare))
+    assert (with_special.text, without.text) == ("", "a")
 
 
 def test_scores_are_squads() -> None:
