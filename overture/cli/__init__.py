@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.exceptions import TyperException
 
-from overture.cli import chat, demo, doctor, eval, export, generate, import_, inspect, keys, store, tune
+from overture.cli import chat, demo, doctor, eval, export, generate, import_, inspect, keys, store, tune, tune_many
 from overture.cli._program import program
 from overture.cli._ui import print_error
 from overture.errors import OvertureError
@@ -26,7 +26,7 @@ EXIT_CODES = {
     3: "data missing, empty or with a bad row",
     4: "prompt file, checkpoint or store missing, damaged or of another version",
     5: "prompt and model do not fit, or the model cannot do it",
-    6: "the run failed on the way",
+    6: "the run failed on the way, or some users of a run with many did",
     130: "interrupted",
 }
 """What each exit code means."""
@@ -40,6 +40,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("tune")(tune.tune)
+app.command("tune-many")(tune_many.tune_many)
 app.command("eval")(eval.evaluate)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
@@ -113,10 +114,11 @@ def _usage(error: TyperException) -> dict[str, str]:
 
 
 def _interrupted(words: Sequence[str]) -> dict[str, str]:
-    report = {"error": "Interrupted", "expected": "the command to end by itself", "got": "Ctrl-C"}
+    report = {"error": "Interrupted", "expected": "the command to end by itself", "got": "Ctrl-C, or a signal to stop"}
     folder = next((after for word, after in pairwise(words) if word == "--run-dir"), None)
     folder = folder or next((w.partition("=")[2] for w in words if w.startswith("--run-dir=")), None)
-    if folder and Path(folder).is_dir():
+    # Of many users, those who are done are in the store, whether or not there is a run folder.
+    if (folder and Path(folder).is_dir()) or "tune-many" in words[:1]:
         again = [*words, *(() if "--resume" in words else ("--resume",))]
         return report | {"do": f"go on where it stopped: {shlex.join([program(), *again])}"}
     if "tune" in words[:1]:

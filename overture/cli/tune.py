@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from overture.cli import _tuning_options as options
 from overture.cli._options import Data, Json, Model, Quiet, Seed, check_data, check_output
 from overture.cli._program import program
 from overture.cli._ui import Ui, count
@@ -21,55 +22,33 @@ __all__ = ["tune"]
 
 def tune(
     data: Data,
-    method: Annotated[str, typer.Option(help="prefix, prompt, p-tuning or deep.")] = "prefix",
+    method: options.Method = "prefix",
     model: Model = "tiny",
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="Prompt file to write.")] = Path(
         "prompt.safetensors"
     ),
-    task: Annotated[
-        str | None,
-        typer.Option(
-            show_default="as the model was saved",
-            help="causal-lm, seq2seq, masked-lm, sequence-classification, token-classification or question-answering.",
-        ),
-    ] = None,
+    task: options.Task = None,
     dev: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Held-out rows; else a part of DATA is held out.")
     ] = None,
-    tokens: Annotated[int | None, typer.Option(show_default="by method", help="Number of virtual tokens.")] = None,
-    init: Annotated[
-        str | None, typer.Option(help="Start: 'random', 'vocabulary', any text, or a JSON list of class labels.")
-    ] = None,
-    template: Annotated[
-        str | None, typer.Option(help="P-Tuning: where the tokens stand, such as '[V3] {premise} [V3] {hypothesis}'.")
-    ] = None,
-    encoder: Annotated[str | None, typer.Option(show_default="lstm", help="P-Tuning: lstm, mlp or none.")] = None,
-    verbalizer: Annotated[
-        str | None,
-        typer.Option(
-            metavar="JSON", help='P-Tuning on a masked LM: the words of each label, such as \'{"good": "great"}\'.'
-        ),
-    ] = None,
-    steps: Annotated[int | None, typer.Option(show_default="200", help="Optimizer steps.")] = None,
-    batch_size: Annotated[int | None, typer.Option(show_default="8", help="Rows per step.")] = None,
-    lr: Annotated[float | None, typer.Option(show_default="by method", help="Peak learning rate.")] = None,
-    optimizer: Annotated[str | None, typer.Option(show_default="adamw", help="adamw or adafactor.")] = None,
-    schedule: Annotated[
-        str | None, typer.Option(show_default="cosine", help="cosine or constant, after a warmup.")
-    ] = None,
+    tokens: options.Tokens = None,
+    init: options.Init = None,
+    template: options.TemplateText = None,
+    encoder: options.Encoder = None,
+    verbalizer: options.Verbalizer = None,
+    steps: options.Steps = None,
+    batch_size: options.BatchSize = None,
+    lr: options.LearningRate = None,
+    optimizer: options.Optimizer = None,
+    schedule: options.Schedule = None,
     seed: Seed = 0,
-    patience: Annotated[
-        int | None, typer.Option(help="Stop after so many evaluations of the held-out rows without a better one.")
-    ] = None,
-    max_length: Annotated[int | None, typer.Option(help="Longest row in tokens, virtual tokens included.")] = None,
-    truncate: Annotated[bool, typer.Option("--truncate", help="Cut prompts that are too long, on their left.")] = False,
-    precision: Annotated[str | None, typer.Option(show_default="auto", help="auto, fp32 or bf16.")] = None,
-    run_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep checkpoints here.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --run-dir.")] = False,
-    option: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="Any other option of the method or the run; may be repeated."),
-    ] = None,
+    patience: options.Patience = None,
+    max_length: options.MaxLength = None,
+    truncate: options.Truncate = False,
+    precision: options.Precision = None,
+    run_dir: options.RunDir = None,
+    resume: options.Resume = False,
+    option: options.Extra = None,
     report: Annotated[Path | None, typer.Option(metavar="FILE", help="Write an HTML report.")] = None,
     as_json: Json = False,
     quiet: Quiet = False,

@@ -16,6 +16,7 @@ from overture.methods import Method
 from overture.prompt import SoftPrompt
 from overture.runtime.tokens import filler_id
 from overture.spec import ModelSpec, unwrapped
+from overture.tuning.checkpoint import CHECKPOINT
 from overture.tuning.cohort import Cohort, Handover
 from overture.tuning.config import TuneConfig
 from overture.tuning.data import Source
@@ -29,7 +30,6 @@ __all__ = ["tune", "tune_many"]
 
 _SLOTS = 64
 _SHOWN_NAMES = 8
-_CHECKPOINT = "checkpoint.safetensors"
 
 
 def tune(
@@ -226,7 +226,7 @@ def _checkpoint_path(run_dir: str | PathLike[str] | None, resume: bool) -> Path 
         raise ConfigError(
             expected="a run folder that can be made", got=f"{folder} ({error.strerror})", do="choose another run_dir"
         ) from None
-    path = folder / _CHECKPOINT
+    path = folder / CHECKPOINT
     if path.exists() and not resume:
         raise ConfigError(
             expected="an empty run folder",

@@ -25,7 +25,10 @@ from overture.formats import native
 from overture.tuning.results import TuneResult
 from overture.tuning.trainee import Trainee
 
-__all__ = ["Ended", "Paused", "Saved", "damaged", "load_checkpoint", "other_run", "save_checkpoint"]
+__all__ = ["CHECKPOINT", "Ended", "Paused", "Saved", "damaged", "load_checkpoint", "other_run", "save_checkpoint"]
+
+CHECKPOINT = "checkpoint.safetensors"
+"""Its name in a run folder."""
 
 _FORMAT = "overture.checkpoint.2"
 

@@ -1,0 +1,219 @@
+"""`overture tune-many`: a soft prompt for every user, each into the store as soon as it is tuned."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from overture.cli import _tuning_options as options
+from overture.cli._options import Json, Model, Quiet, Seed
+from overture.cli._program import program
+from overture.cli._stopping import stoppable
+from overture.cli._ui import Ui
+from overture.cli.store import HERE, Blobs, Store
+from overture.errors import DataError, OvertureError
+
+if TYPE_CHECKING:
+    from overture.cli._publishing import Publisher
+    from overture.tuning.users import Users
+
+__all__ = ["tune_many"]
+
+_SHOWN_FAILURES = 10
+
+
+def tune_many(
+    data: Annotated[
+        Path,
+        typer.Option("--data", "-d", metavar="PATH", help="A folder with a file for each user, or one table of rows."),
+    ],
+    store: Store = HERE,
+    blobs: Blobs = None,
+    name: Annotated[str, typer.Option(help="Name of each user's prompt in the store.")] = "prompt",
+    user_column: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", show_default="found", help="The table's column that says whose a row is."),
+    ] = None,
+    min_rows: Annotated[int, typer.Option(min=0, help="Leave out users with fewer rows.")] = 0,
+    min_words: Annotated[int, typer.Option(min=0, help="Leave out users with fewer words.")] = 0,
+    slots: Annotated[
+        int | None, typer.Option(min=1, show_default="as memory allows", help="Most users in training at once.")
+    ] = None,
+    method: options.Method = "prefix",
+    model: Model = "tiny",
+    task: options.Task = None,
+    dev: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="Held-out rows, as --data; else a part of each user's is held out."),
+    ] = None,
+    tokens: options.Tokens = None,
+    init: options.Init = None,
+    template: options.TemplateText = None,
+    encoder: options.Encoder = None,
+    verbalizer: options.Verbalizer = None,
+    steps: options.Steps = None,
+    batch_size: options.BatchSize = None,
+    lr: options.LearningRate = None,
+    optimizer: options.Optimizer = None,
+    schedule: options.Schedule = None,
+    seed: Seed = 0,
+    patience: options.Patience = None,
+    max_length: options.MaxLength = None,
+    truncate: options.Truncate = False,
+    precision: options.Precision = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep the state of users in training here, to go on from.")
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on with a run: nobody is repeated whose prompt, of these rows and options, is stored."
+        ),
+    ] = False,
+    option: options.Extra = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Tune a soft prompt for every user, together, and publish each to a store as soon as it is done.
+
+    A folder has a file for each user, named after them; a table has a column with the user. Users are tenants of the
+    store. One user's bad rows fail that user alone: the run goes on, says at the end who failed and why, and exits
+    with 6. A run that was stopped goes on with --resume.
+    """
+    ui = Ui(as_json, quiet)
+    for path in (data, dev):
+        _require(path)
+    began = time.monotonic()
+    with ui.busy("Starting", brief=True):
+        from overture.cli import _settings
+        from overture.cli._cohort_view import CohortView
+        from overture.cli._publishing import Publisher, identity_of
+        from overture.cli._session import load_session
+        from overture.spec import ModelSpec
+        from overture.store import Key, PromptStore
+        from overture.store.names import check_name
+        from overture.tuning import api
+        from overture.tuning.checkpoint import CHECKPOINT
+        from overture.tuning.tasks import task_for
+        from overture.tuning.users import Users
+
+    check_name(name)
+    of_method = {"num_virtual_tokens": tokens, "init": init, "template": template, "encoder": encoder}
+    of_method["verbalizer"] = _settings.verbalizer(verbalizer)
+    of_run = {"steps": steps, "batch_size": batch_size, "learning_rate": lr, "optimizer": optimizer}
+    of_run |= {"schedule": schedule, "seed": seed, "patience": patience, "precision": precision}
+    of_run |= {"max_length": max_length, "truncate": truncate}
+    chosen, config = _settings.method_and_config(method, of_method, of_run, option or ())
+    with ui.busy(f"Looking for users in {data}", brief=True):
+        everybody = Users.open(data, user_column)
+        users = everybody.at_least(rows=min_rows, words=min_words)
+        held_out = None if dev is None else Users.open(dev, None if dev.is_dir() else user_column).only(users)
+    _describe(ui, everybody, users)
+    if not users:
+        raise DataError(
+            expected="at least one user to tune for",
+            got=f"none of {len(everybody)} with so many rows and words",
+            do="lower --min-rows and --min-words",
+        )
+    with PromptStore(store, blobs=blobs, key=Key.from_environment()) as opened:
+        session = load_session(ui, model, task=task)
+        run = identity_of(ModelSpec.of(session.model).base, task_for(session.model, task).name, chosen, config)
+        publisher = Publisher(opened, name, run, users, held_out)
+        done = publisher.done() if resume else set[str]()
+        with stoppable(), CohortView(ui, len(users), config.steps, done=len(done)) as view:
+            result = api.tune_many(
+                session.model,
+                session.tokenizer,
+                chosen,
+                users,
+                dev=held_out,
+                task=task,
+                config=config,
+                slots=slots,
+                done=done,
+                on_result=publisher,
+                run_dir=run_dir,
+                resume=resume and run_dir is not None,
+                on_event=view,
+            )
+        # Results are in the store, and who failed is to be tried again once their rows are mended.
+        if run_dir is not None:
+            (run_dir / CHECKPOINT).unlink(missing_ok=True)
+    document = _document(publisher, result.failures, len(done), time.monotonic() - began)
+    document |= {"left_out": len(everybody) - len(users), "store": store, "name": name, "run": run}
+    ui.result(document, *_panel(document, blobs))
+    if result.failures:
+        raise typer.Exit(6)
+
+
+def _require(path: Path | None) -> None:
+    """Raise for a path that is not there, before anything heavy is imported."""
+    if path is not None and not path.exists():
+        raise DataError(
+            expected="a folder with a file for each user, or one table of rows",
+            got=f"{path}, which is not there",
+            do=f"check the path: {path.absolute()}",
+        )
+
+
+def _describe(ui: Ui, everybody: Users, users: Users) -> None:
+    found = f"{len(users):,} users" + (f", by the column {users.column!r}" if users.column else "")
+    left_out = len(everybody) - len(users)
+    ui.note(found + (f"; {left_out:,} left out, with too little" if left_out else ""))
+    if everybody.ignored:
+        ui.note(f"Not rows, and left alone: {', '.join(everybody.ignored[:5])}{' ...' * (len(everybody.ignored) > 5)}")
+
+
+def _document(
+    publisher: Publisher, failures: Mapping[str, OvertureError], before: int, seconds: float
+) -> dict[str, Any]:
+    made = publisher.published
+    return {
+        "done": len(made),
+        "done_before": before,
+        "failed": {name: error.as_dict() for name, error in failures.items()},
+        "users_per_minute": 60 * len(made) / seconds,
+        "seconds": seconds,
+        "loss_before": _mean([one["loss_before"] for one in made.values()]),
+        "loss_after": _mean([one["loss_after"] for one in made.values()]),
+        "users": made,
+    }
+
+
+def _mean(values: list[Any]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _panel(document: Mapping[str, Any], blobs: str | None) -> list[Any]:
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
+    before, failed = document["done_before"], document["failed"]
+    rows = {
+        "done": Text(f"{document['done']:,} users" + (f", and {before:,} before" if before else "")),
+        "failed": Text(f"{len(failed):,} users" if failed else "nobody", style="bold red" if failed else ""),
+    }
+    if document["done"]:
+        rows["pace"] = Text(f"{document['users_per_minute']:.1f} users per minute, {document['seconds']:.0f} s in all")
+        losses = f"{document['loss_before']:.4f} before, {document['loss_after']:.4f} after"
+        rows["mean loss"] = Text(f"{losses}; on each user's held-out rows, or on all rows of one with few")
+    rows["prompts"] = Text(f"USER/{document['name']} in {document['store']}")
+    grid = Table.grid(padding=(0, 2))
+    for name, value in rows.items():
+        grid.add_row(Text(name, style="dim"), value)
+    shown: list[Any] = [Panel(grid, title="tune-many", title_align="left")]
+    for name, error in list(failed.items())[:_SHOWN_FAILURES]:
+        shown.append(Text(f"failed: {name}", style="red"))
+        shown += [f"  {part:>8}  {error[part]}" for part in ("expected", "got", "do")]
+    if len(failed) > _SHOWN_FAILURES:
+        shown.append(f"and {len(failed) - _SHOWN_FAILURES} more; --json names all")
+    if failed:
+        shown.append("Mend these users' rows and give the same command with --resume; nobody who is done is repeated.")
+    words = [program(), "store", "ls", "--store", document["store"], *(["--blobs", blobs] if blobs else [])]
+    return [*shown, f"Next: {shlex.join(words)}"]
