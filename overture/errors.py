@@ -89,7 +89,7 @@ class ContextLengthError(OvertureError):
 class UnknownPromptError(OvertureError):
     """A prompt name that nothing is stored under."""
 
-    exit_code = 5
+    exit_code = 4
 
 
 class ModelInUseError(OvertureError):

@@ -12,7 +12,21 @@ from typing import Annotated, Any
 import typer
 from typer.exceptions import TyperException
 
-from overture.cli import chat, demo, doctor, eval, export, generate, import_, inspect, keys, store, tune, tune_many
+from overture.cli import (
+    chat,
+    demo,
+    doctor,
+    eval,
+    export,
+    generate,
+    import_,
+    inspect,
+    keys,
+    predict,
+    store,
+    tune,
+    tune_many,
+)
 from overture.cli._program import program
 from overture.cli._ui import print_error
 from overture.errors import OvertureError
@@ -24,7 +38,7 @@ EXIT_CODES = {
     1: "any other error",
     2: "wrong option or configuration",
     3: "data missing, empty or with a bad row",
-    4: "prompt file, checkpoint or store missing, damaged or of another version",
+    4: "prompt, checkpoint or store missing, damaged or of another version",
     5: "prompt and model do not fit, or the model cannot do it",
     6: "the run failed on the way, or some users of a run with many did",
     130: "interrupted",
@@ -43,6 +57,7 @@ app.command("tune")(tune.tune)
 app.command("tune-many")(tune_many.tune_many)
 app.command("eval")(eval.evaluate)
 app.command("generate")(generate.generate)
+app.command("predict")(predict.predict)
 app.command("chat")(chat.chat)
 app.command("inspect")(inspect.inspect)
 app.command("import")(import_.import_)

@@ -45,6 +45,7 @@ def chat(
         from overture.cli._session import load_session
 
     session = load_session(ui, model, [prompt])
+    _require_writing(session)
     if not session.tokenizer.chat_template:
         raise UnsupportedModelError(
             expected="a model with a chat template", got=f"{model!r}, which has none", do="use `overture generate`"
@@ -57,6 +58,19 @@ def chat(
         options |= {"temperature": temperature, "top_p": top_p}
     opening = [{"role": "system", "content": system}] if system else []
     _Talk(ui, session, options, opening).run()
+
+
+def _require_writing(session: Session) -> None:
+    """Raise `UnsupportedModelError` before the first line is read, rather than at every one."""
+    from overture.spec import task_of
+
+    task = task_of(session.model)
+    if task not in ("causal-lm", "seq2seq"):
+        raise UnsupportedModelError(
+            expected="a model that writes text, and a prompt tuned for one",
+            got=f"{type(session.model).__name__}, a model for {task or 'no task that Overture knows'}",
+            do="use `overture predict`, or another prompt",
+        )
 
 
 class _Talk:
@@ -114,6 +128,10 @@ class _Talk:
         changed = next(iter(load_prompts([path]).values()))
         if changed is not None:
             changed.check_base(ModelSpec.of(self.session.model).base)
+            if changed.head is not None:
+                raise UnsupportedModelError(
+                    expected="a prompt that writes text", got=f"one for {changed.head.task}", do="use another prompt"
+                )
         self.prompt = changed
         self.ui.note(f"Prompt: {path}")
 

@@ -98,13 +98,15 @@ def _memory() -> float | None:
 def _model(name: str, session: Session) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from overture.spec import ModelSpec
+    from overture.spec import TASKS, ModelSpec, task_of
 
     spec, tokenizer = ModelSpec.of(session.model), session.tokenizer
     return {
         "name": name,
         **asdict(spec),
         "dtype": str(session.model.dtype).removeprefix("torch."),
+        "task": task_of(session.model),
+        "tasks": [task for task, names in TASKS.items() if spec.base.architecture in names],
         "methods": _methods(session),
         "padding_token": tokenizer.pad_token,
         "chat_template": bool(tokenizer.chat_template),
@@ -170,6 +172,11 @@ def _render_model(ui: Ui, model: dict[str, Any], mark: Any) -> Any:
         table.add_row("layers", "", Text(words))
     positions = model["max_positions"]
     table.add_row("positions", "", Text(f"{positions:,}" if positions else "no limit named"))
+    others = ", ".join(task for task in model["tasks"] if task != model["task"])
+    named = model["task"] or "none that Overture knows"
+    table.add_row(
+        "task", mark(model["task"] is not None), Text(named + (f"; with --task also {others}" if others else ""))
+    )
     for name, method in model["methods"].items():
         table.add_row(f"method {name}", mark(method["works"]), Text(method["because"] or ""))
     padding, chat = model["padding_token"], model["chat_template"]

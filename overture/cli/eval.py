@@ -32,6 +32,7 @@ def evaluate(
     check_data(data, kind="evaluation")
     with ui.busy("Starting", brief=True):
         from overture.cli._session import FROZEN, load_session
+        from overture.spec import task_of
         from overture.tuning import evaluate as evaluation
 
     named = [name for name in prompt or () if name != FROZEN]
@@ -45,6 +46,7 @@ def evaluate(
     if FROZEN in session.prompts and not _has_labels(session):
         ui.note("The frozen model has no head for these labels, so it is left out.")
         del session.prompts[FROZEN]
+    writes = task_of(session.model) in ("causal-lm", "seq2seq")
     for name in ui.track(list(session.prompts), f"Evaluating on {data.name}"):
         chosen = session.prompts[name]
         result = evaluation.evaluate(
@@ -60,7 +62,7 @@ def evaluate(
             {
                 "prompt": name,
                 "loss": result.loss,
-                "perplexity": result.perplexity,
+                **({"perplexity": result.perplexity} if writes else {}),
                 **result.metrics,
                 "targets": result.targets,
                 "rows": result.rows,
@@ -81,14 +83,15 @@ def _table(ui: Ui, rows: list[dict[str, Any]]) -> Any:
     from rich.text import Text
 
     measures = [name for name in rows[0] if name not in ("prompt", "loss", "perplexity", "targets", "rows")]
-    right = ("loss", "perplexity", *(name.replace("_", " ") for name in measures), "targets", "rows")
+    losses = [name for name in ("loss", "perplexity") if name in rows[0]]
+    right = (*losses, *(name.replace("_", " ") for name in measures), "targets", "rows")
     table = ui.table("prompt", *right, right=right)
     best = min((row["loss"] for row in rows if math.isfinite(row["loss"])), default=None)
     for row in rows:
         style = "bold green" if row["loss"] == best and len(rows) > 1 else ""
         shares = [f"{100 * row[name]:.1f} %" for name in measures]
         name = Text("frozen model", style="dim") if row["prompt"] == "none" else Text(row["prompt"], style="bold")
-        numbers = (f"{row['loss']:.4f}", f"{row['perplexity']:,.2f}")
+        numbers = [f"{row['loss']:.4f}", *(f"{row[name]:,.2f}" for name in losses[1:])]
         table.add_row(
             name, *(Text(n, style=style) for n in numbers), *shares, f"{row['targets']:,}", f"{row['rows']:,}"
         )

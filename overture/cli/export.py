@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from overture.cli._options import Json, Quiet, model_named
-from overture.cli._ui import Ui
+from overture.cli._ui import Ui, count
 from overture.errors import ConfigError
 
 __all__ = ["export"]
@@ -36,6 +36,7 @@ def export(
     session = load_session(ui, model_named(model, loaded.base.name), [str(prompt)])
     peft.save(loaded, out, session.model, session.tokenizer)
     document = {"out": str(out), "name": loaded.name, "num_virtual_tokens": loaded.length}
-    ui.result(document, f"Wrote {out}: {loaded.length} virtual tokens of {loaded.name or prompt.stem} for PEFT")
+    tokens = count(loaded.length, "virtual token")
+    ui.result(document, f"Wrote {out}: {tokens} of {loaded.name or prompt.stem} for PEFT")
     if loaded.template is not None:
         ui.note(f"PEFT has no templates: write every text as {loaded.template.reading!r}.")

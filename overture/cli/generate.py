@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from overture.cli._options import Columns, Json, Model, Prompts, Quiet, Seed, columns
-from overture.cli._ui import Ui
-from overture.errors import ConfigError, DataError
+from overture.cli._texts import texts_of, words_of
+from overture.cli._ui import Ui, count
+from overture.errors import ConfigError
 
 if TYPE_CHECKING:
     from overture.cli._session import Session
@@ -58,7 +58,8 @@ def generate(
     if stream and (as_json or beams > 1 or len(named) * len(inputs) != 1):
         raise ConfigError(
             expected="one text, one prompt and no --json or --beams with --stream",
-            got=f"{len(inputs)} texts, {len(named)} prompts, {beams} beams" + (", --json" if as_json else ""),
+            got=f"{count(len(inputs), 'text')}, {count(len(named), 'prompt')}, {count(beams, 'beam')}"
+            + (", --json" if as_json else ""),
             do="leave --stream out",
         )
     with ui.busy("Starting", brief=True):
@@ -72,13 +73,13 @@ def generate(
         _stream(session, inputs[0], options, seed)
         return
     if ensemble is not None:
-        with ui.busy(f"Answering {len(inputs)} texts with {len(named)} prompts together"):
+        with ui.busy(f"Answering {count(len(inputs), 'text')} with {count(len(named), 'prompt')} together"):
             rows = _together(session, inputs, ensemble, choice, {} if choice else options, seed)
         ui.result({"model": model, "ensemble": ensemble, "rows": rows}, _render_together(ui, rows))
         return
-    with ui.busy(f"Generating {len(named) * len(inputs)} rows in one batch"):
+    with ui.busy(f"Generating {count(len(named) * len(inputs), 'row')} in one batch"):
         answers = _answers(session, inputs, options, seed)
-    shown = [_words(item) for item in inputs]
+    shown = [words_of(item) for item in inputs]
     rows = [
         {"text": words, "prompt": name, "answer": answers[i * len(session.prompts) + j]}
         for i, words in enumerate(shown)
@@ -103,21 +104,7 @@ def _inputs(texts: Sequence[str] | None, row: Mapping[str, str], chat: bool) -> 
         )
     if row:
         return [dict(row)]
-    if not texts:
-        if sys.stdin.isatty():
-            typer.echo("Type the text, then Ctrl-D:", err=True)
-        texts = [sys.stdin.read().rstrip("\n")]
-    if not all(texts):
-        raise DataError(
-            expected="a text to answer", got="an empty one", do="give it as an argument or on standard input"
-        )
-    return [[{"role": "user", "content": text}] if chat else text for text in texts]
-
-
-def _words(item: Any) -> str:
-    if isinstance(item, Mapping):
-        return ", ".join(f"{name}={value}" for name, value in item.items())
-    return item if isinstance(item, str) else str(item[-1]["content"])
+    return [[{"role": "user", "content": text}] if chat else text for text in texts_of(texts)]
 
 
 def _answers(session: Session, inputs: Sequence[Any], options: Mapping[str, Any], seed: int) -> list[str]:
@@ -147,7 +134,7 @@ def _together(
     members = list(session.prompts.values())
     chosen: Any = how
     answers = ensemble(session.model, session.tokenizer, members, inputs, choices=choices, how=chosen, **options)
-    return [{"text": _words(item), **asdict(answer)} for item, answer in zip(inputs, answers, strict=True)]
+    return [{"text": words_of(item), **asdict(answer)} for item, answer in zip(inputs, answers, strict=True)]
 
 
 def _stream(session: Session, item: Any, options: Mapping[str, Any], seed: int) -> None:

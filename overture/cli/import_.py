@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from overture.cli._options import Json, Quiet, check_output, model_named
-from overture.cli._ui import Ui
+from overture.cli._ui import Ui, count
 from overture.errors import ConfigError
 
 __all__ = ["import_"]
@@ -58,6 +58,6 @@ def import_(
         "labels": None if prompt.head is None else list(prompt.head.labels),
         "base": {"given": named, "in_adapter": adapter.base, "digest": prompt.base.digest},
     }
-    ui.result(document, f"Wrote {out}: {prompt.length} virtual tokens of {prompt.name} ({adapter.kind})")
+    ui.result(document, f"Wrote {out}: {count(prompt.length, 'virtual token')} of {prompt.name} ({adapter.kind})")
     if adapter.base and adapter.base != named:
         ui.note(f"The adapter was trained on {adapter.base!r}. That {named!r} has the same weights is your word.")

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from overture.cli._options import Json, Model, Quiet, columns
-from overture.cli._ui import Ui
-from overture.errors import ConfigError
+from overture.cli._ui import Ui, count
+from overture.errors import ConfigError, UnknownPromptError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -42,26 +44,64 @@ Tenant = Annotated[str | None, typer.Option(help="Only this tenant.")]
 HERE = "store"
 
 
-@app.command("add")
+@dataclass(frozen=True)
+class Place:
+    """Where a verb works: the store that its options name, and the screen."""
+
+    ui: Ui
+    store: str
+    blobs: str | None
+
+    @contextmanager
+    def opened(self, *, create: bool = False, read_only: bool = False) -> Iterator[PromptStore]:
+        """The store, open. Words are checked before, so that a wrong one makes no store."""
+        with self.ui.busy("Opening the store", brief=True):
+            from overture.store import Key, PromptStore
+
+            key = Key.from_environment()
+            opened = PromptStore(self.store, blobs=self.blobs, key=key, create=create, read_only=read_only)
+        with opened:
+            yield opened
+
+
+def _place(store: Store = HERE, blobs: Blobs = None, as_json: Json = False, quiet: Quiet = False) -> Place:
+    return Place(Ui(as_json, quiet), store, blobs)
+
+
+def _verb(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a function a command: behind its own options stand those of `_place`, which makes its first argument."""
+    shared = inspect.signature(_place, eval_str=True).parameters
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def run(**given: Any) -> None:
+            place = _place(**{option: given.pop(option) for option in shared})
+            function(place, **given)
+
+        _, *own = inspect.signature(function, eval_str=True).parameters.values()
+        run.__signature__ = inspect.Signature([*own, *shared.values()])  # type: ignore[attr-defined]
+        return app.command(name)(run)
+
+    return register
+
+
+@_verb("add")
 def add(
+    place: Place,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Prompt file.")],
     prompt: Prompt,
     note: Annotated[list[str] | None, typer.Option(metavar="KEY=TEXT", help="Metadata; repeatable.")] = None,
-    store: Store = HERE,
-    blobs: Blobs = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
 ) -> None:
     """Publish a prompt file as the next version of a name. Makes the store if it is not there."""
-    ui = Ui(as_json, quiet)
     tenant, name = _name(prompt)
-    with _opened(ui, store, blobs, create=True) as opened:
+    with place.opened(create=True) as opened:
         record = opened.publish_file(tenant, name, file, metadata=columns(note, "--note"))
-    _say(ui, record, f"Published {tenant}/{name}@{record.version}" + _unless_current(record))
+    _say(place.ui, record, f"Published {tenant}/{name}@{record.version}" + _unless_current(record))
 
 
-@app.command("ls")
+@_verb("ls")
 def ls(
+    place: Place,
     tenant: Annotated[str | None, typer.Argument(metavar="TENANT", help="Whose prompts; else everybody's.")] = None,
     name: Annotated[str | None, typer.Option(help="Names like this, with * and ?.")] = None,
     base: Annotated[str | None, typer.Option(help="Base model: its name, or how its digest begins.")] = None,
@@ -69,19 +109,14 @@ def ls(
         list[str] | None, typer.Option(metavar="CONDITION", help="Such as 'loss<2.5' or team=red; repeatable.")
     ] = None,
     all_versions: Annotated[bool, typer.Option("--all", help="Also versions that are not current.")] = False,
-    store: Store = HERE,
-    blobs: Blobs = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
 ) -> None:
     """List prompts."""
     from rich.text import Text
 
-    ui = Ui(as_json, quiet)
-    with _opened(ui, store, blobs, read_only=True) as opened:
+    with place.opened(read_only=True) as opened:
         found = opened.search(tenant=tenant, name=name, base=base, where=where or (), all_versions=all_versions)
     right = ("version", "tokens", "bytes")
-    table = ui.table("prompt", "version", "", "tokens", "bytes", "base model", "published", right=right)
+    table = place.ui.table("prompt", "version", "", "tokens", "bytes", "base model", "published", right=right)
     for record in found:
         table.add_row(
             Text(f"{record.tenant}/{record.name}"),
@@ -92,27 +127,25 @@ def ls(
             Text(record.base.name or record.base.digest[:12]),
             f"{record.created:%Y-%m-%d}",
         )
-    ui.result({"prompts": [record.as_dict() for record in found]}, table if found else "No prompts.")
+    place.ui.result({"prompts": [record.as_dict() for record in found]}, table if found else "No prompts.")
 
 
-@app.command("show")
-def show(
-    prompt: Versioned, store: Store = HERE, blobs: Blobs = None, as_json: Json = False, quiet: Quiet = False
-) -> None:
+@_verb("show")
+def show(place: Place, prompt: Versioned) -> None:
     """Show what is known of a version, and the other versions."""
-    ui = Ui(as_json, quiet)
     address = _address(prompt)
-    with _opened(ui, store, blobs, read_only=True) as opened:
+    with place.opened(read_only=True) as opened:
         record = opened.record(address.tenant, _required(address), address.version)
         versions = opened.versions(record.tenant, record.name)
     shown = record.as_dict()
     numbers = [f"{r.version}{' (pinned)' if r.pinned else ' (current)' if r.current else ''}" for r in versions]
     document = {**shown, "versions": [r.version for r in versions]}
-    ui.result(document, _grid({**shown, "versions": ", ".join(numbers)}))
+    place.ui.result(document, _grid({**shown, "versions": ", ".join(numbers)}))
 
 
-@app.command("rm")
+@_verb("rm")
 def rm(
+    place: Place,
     target: Annotated[
         str,
         typer.Argument(
@@ -121,213 +154,162 @@ def rm(
         ),
     ],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-    store: Store = HERE,
-    blobs: Blobs = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
 ) -> None:
     """Remove a version, a prompt, or a user with all files, versions and optimizer states, and say what was removed."""
-    ui = Ui(as_json, quiet)
     address = _address(target)
-    with _opened(ui, store, blobs) as opened:
+    with place.opened() as opened:
         if address.version is None and not yes:
-            _ask(ui, f"Remove {address if address.name else f'everything of {address}'}?")
+            _ask(place.ui, f"Remove {address if address.name else f'everything of {address}'}?")
         if address.name is None:
             removed = opened.erase(address.tenant)
+            _require_something(removed)
         else:
             removed = opened.remove(address.tenant, address.name, address.version)
-    ui.result(asdict(removed), _removal(removed))
+    place.ui.result(asdict(removed), _removal(removed))
 
 
-@app.command("rollback")
+@_verb("rollback")
 def rollback(
+    place: Place,
     prompt: Prompt,
     to: Annotated[int | None, typer.Option(min=1, help="Version; else the one before the current.")] = None,
-    store: Store = HERE,
-    blobs: Blobs = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
 ) -> None:
     """Let a name stand for an earlier version. No version is lost."""
-    ui = Ui(as_json, quiet)
-    with _opened(ui, store, blobs) as opened:
+    with place.opened() as opened:
         record = opened.rollback(*_name(prompt), to=to)
-    _say(ui, record, f"{record.tenant}/{record.name} is version {record.version} again")
+    _say(place.ui, record, f"{record.tenant}/{record.name} is version {record.version} again")
 
 
-@app.command("pin")
-def pin(
-    prompt: Versioned, store: Store = HERE, blobs: Blobs = None, as_json: Json = False, quiet: Quiet = False
-) -> None:
+@_verb("pin")
+def pin(place: Place, prompt: Versioned) -> None:
     """Let a name stay at a version when others are published."""
-    ui = Ui(as_json, quiet)
     address = _address(prompt)
-    with _opened(ui, store, blobs) as opened:
+    with place.opened() as opened:
         record = opened.pin(address.tenant, _required(address), address.version)
-    _say(ui, record, f"{record.tenant}/{record.name} stays at version {record.version}")
+    _say(place.ui, record, f"{record.tenant}/{record.name} stays at version {record.version}")
 
 
-@app.command("unpin")
-def unpin(
-    prompt: Prompt, store: Store = HERE, blobs: Blobs = None, as_json: Json = False, quiet: Quiet = False
-) -> None:
+@_verb("unpin")
+def unpin(place: Place, prompt: Prompt) -> None:
     """Let a name follow what is published from now on."""
-    ui = Ui(as_json, quiet)
-    with _opened(ui, store, blobs) as opened:
+    with place.opened() as opened:
         record = opened.unpin(*_name(prompt))
-    _say(ui, record, f"{record.tenant}/{record.name} is version {record.version} until the next is published")
+    _say(place.ui, record, f"{record.tenant}/{record.name} is version {record.version} until the next is published")
 
 
-@app.command("export")
+@_verb("export")
 def export(
+    place: Place,
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new or empty folder.")],
     tenant: Tenant = None,
-    store: Store = HERE,
-    blobs: Blobs = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
 ) -> None:
     """Write all versions to a folder, not encrypted and without optimizer states."""
-    ui = Ui(as_json, quiet)
-    with _opened(ui, store, blobs, read_only=True) as opened:
-        count = opened.export(folder, tenant=tenant)
-    ui.result({"folder": str(folder), "versions": count}, f"Exported {_count(count, 'version')} to {folder}")
+    with place.opened(read_only=True) as opened:
+        versions = opened.export(folder, tenant=tenant)
+    place.ui.result({"folder": str(folder), "versions": versions}, f"Exported {count(versions, 'version')} to {folder}")
 
 
-@app.command("import")
+@_verb("import")
 def import_(
+    place: Place,
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="An export, or a folder of prompt files.")],
     tenant: Annotated[str | None, typer.Option(help="Whose the prompts are to be; needed for prompt files.")] = None,
-    store: Store = HERE,
-    blobs: Blobs = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
 ) -> None:
     """Take in an export, or prompt files under their files' names. Makes the store if it is not there."""
-    ui = Ui(as_json, quiet)
-    with _opened(ui, store, blobs, create=True) as opened:
-        count = opened.import_folder(folder, tenant=tenant)
-    ui.result({"folder": str(folder), "versions": count}, f"Imported {_count(count, 'new version')} from {folder}")
+    with place.opened(create=True) as opened:
+        versions = opened.import_folder(folder, tenant=tenant)
+    place.ui.result(
+        {"folder": str(folder), "versions": versions}, f"Imported {count(versions, 'new version')} from {folder}"
+    )
 
 
-@app.command("push")
+@_verb("push")
 def push(
+    place: Place,
     prompt: Versioned,
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to write to.")],
-    store: Store = HERE,
-    blobs: Blobs = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
 ) -> None:
     """Write a version in the layout of a Hub repository: prompt.safetensors and a model card."""
-    ui = Ui(as_json, quiet)
     address = _address(prompt)
-    with _opened(ui, store, blobs, read_only=True) as opened:
+    with place.opened(read_only=True) as opened:
         record = opened.push(address.tenant, _required(address), folder, version=address.version)
-    _say(ui, record, f"Wrote {record.tenant}/{record.name}@{record.version} to {folder}")
+    _say(place.ui, record, f"Wrote {record.tenant}/{record.name}@{record.version} to {folder}")
 
 
-@app.command("pull")
+@_verb("pull")
 def pull(
+    place: Place,
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A Hub repository on this machine.")],
     prompt: Prompt,
-    store: Store = HERE,
-    blobs: Blobs = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
 ) -> None:
     """Publish the prompt of a folder in the layout of a Hub repository. Makes the store if it is not there."""
-    ui = Ui(as_json, quiet)
     tenant, name = _name(prompt)
-    with _opened(ui, store, blobs, create=True) as opened:
+    with place.opened(create=True) as opened:
         record = opened.pull(folder, tenant, name)
-    _say(ui, record, f"Published {tenant}/{name}@{record.version}" + _unless_current(record))
+    _say(place.ui, record, f"Published {tenant}/{name}@{record.version}" + _unless_current(record))
 
 
-@app.command("verify")
+@_verb("verify")
 def verify(
+    place: Place,
     clean: Annotated[bool, typer.Option("--clean", help="Delete files that no record needs.")] = False,
-    store: Store = HERE,
-    blobs: Blobs = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
 ) -> None:
     """Read every file again and compare it with the index. Exit code 4 if a record cannot be served."""
-    ui = Ui(as_json, quiet)
-    with _opened(ui, store, blobs, read_only=not clean) as opened, ui.busy("Reading every file", brief=True):
+    with place.opened(read_only=not clean) as opened, place.ui.busy("Reading every file", brief=True):
         result = opened.verify(clean=clean)
     shown: list[Any] = [f"damaged: {p.address}: expected {p.expected}; got {p.got}" for p in result.problems]
     shown += [f"{'deleted' if clean else 'not needed'}: {file}" for file in result.leftovers]
     counts = (result.versions, "version"), (result.states, "optimizer state"), (result.bytes, "byte")
-    checked = ", ".join(_count(number, noun) for number, noun in counts)
-    ui.result(asdict(result), *shown, f"Checked {checked}: {len(result.problems) or 'none'} damaged")
+    checked = ", ".join(count(number, noun) for number, noun in counts)
+    place.ui.result(asdict(result), *shown, f"Checked {checked}: {len(result.problems) or 'none'} damaged")
     if result.problems:
         raise typer.Exit(4)
 
 
-@app.command("stats")
-def stats(store: Store = HERE, blobs: Blobs = None, as_json: Json = False, quiet: Quiet = False) -> None:
+@_verb("stats")
+def stats(
+    place: Place,
+) -> None:
     """Show the store in numbers."""
-    ui = Ui(as_json, quiet)
-    with _opened(ui, store, blobs, read_only=True) as opened:
+    with place.opened(read_only=True) as opened:
         # The tiers belong to a process, and this one just began.
         document = {key: value for key, value in asdict(opened.stats()).items() if key not in ("memory", "devices")}
-    ui.result(document, _grid(document))
+    place.ui.result(document, _grid(document))
 
 
-@app.command("rotate-key")
+@_verb("rotate-key")
 def rotate_key(
+    place: Place,
     new: Annotated[Path, typer.Argument(metavar="FILE", help="File with the new key, 64 hexadecimal digits.")],
-    store: Store = HERE,
-    blobs: Blobs = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
 ) -> None:
     """Replace the key of an encrypted store. No file is rewritten."""
     from overture.store import Key
 
-    ui = Ui(as_json, quiet)
     key = Key.from_file(new)
-    with _opened(ui, store, blobs) as opened:
-        count = opened.rotate_key(key)
-    ui.result({"key": key.id, "tenants": count}, f"The store's key is {key.id} now; {_count(count, 'tenant')}")
+    with place.opened() as opened:
+        tenants = opened.rotate_key(key)
+    place.ui.result({"key": key.id, "tenants": tenants}, f"The store's key is {key.id} now; {count(tenants, 'tenant')}")
 
 
-@app.command("compile")
+@_verb("compile")
 def compile_(
+    place: Place,
     prompts: Annotated[
         list[str] | None,
         typer.Argument(metavar="[TENANT/NAME]...", help="Prompts to compile; else all of the model's."),
     ] = None,
     model: Model = "tiny",
-    store: Store = HERE,
-    blobs: Blobs = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
 ) -> None:
     """Publish prompts of virtual tokens anew as keys and values, which vLLM can serve. What they do stays the same."""
     from overture.cli._compiling import compiled
     from overture.cli._session import load_session
 
-    ui = Ui(as_json, quiet)
     named = [_name(prompt) for prompt in prompts or ()]
-    with _opened(ui, store, blobs) as opened:
-        base = load_session(ui, model).model
-        published = compiled(opened, base, named, lambda found: ui.track(found, "Compiling"))
+    with place.opened() as opened:
+        base = load_session(place.ui, model).model
+        published = compiled(opened, base, named, lambda found: place.ui.track(found, "Compiling"))
     shown = [f"Published {r.tenant}/{r.name}@{r.version}{_unless_current(r)}" for r in published]
-    ui.result({"published": [record.as_dict() for record in published]}, *(shown or ["Nothing to compile."]))
-
-
-@contextmanager
-def _opened(
-    ui: Ui, store: str, blobs: str | None, *, create: bool = False, read_only: bool = False
-) -> Iterator[PromptStore]:
-    with ui.busy("Opening the store", brief=True):
-        from overture.store import Key, PromptStore
-
-        opened = PromptStore(store, blobs=blobs, key=Key.from_environment(), create=create, read_only=read_only)
-    with opened:
-        yield opened
+    place.ui.result({"published": [record.as_dict() for record in published]}, *(shown or ["Nothing to compile."]))
 
 
 def _address(text: str) -> Address:
@@ -366,13 +348,20 @@ def _unless_current(record: Record) -> str:
     return "" if record.current else " (another version is pinned and stays current)"
 
 
-def _removal(removed: Removed) -> str:
+def _require_something(removed: Removed) -> None:
     if not (removed.versions or removed.states or removed.files):
-        return f"Nothing was stored of {removed.tenant}"
-    parts = [_count(removed.versions, "version"), _count(removed.states, "optimizer state")]
+        raise UnknownPromptError(
+            expected="a tenant of whom something is stored",
+            got=f"{removed.tenant!r}, of whom nothing is",
+            do="check the spelling; `overture store ls` lists all",
+        )
+
+
+def _removal(removed: Removed) -> str:
+    parts = [count(removed.versions, "version"), count(removed.states, "optimizer state")]
     names = f" ({', '.join(removed.prompts)})" if removed.prompts else ""
     traces = "" if removed.scrubbed else ". The database's own files keep traces until it is vacuumed"
-    sizes = f"{_count(removed.files, 'file')}, {_count(removed.bytes, 'byte')}"
+    sizes = f"{count(removed.files, 'file')}, {count(removed.bytes, 'byte')}"
     return f"Removed {' and '.join(parts)}{names}: {sizes}{traces}"
 
 
@@ -386,10 +375,6 @@ def _grid(fields: dict[str, Any]) -> Table:
     for key, value in fields.items():
         grid.add_row(key.replace("_", " "), Text(f"{value:,}" if type(value) is int else _text(value)))
     return grid
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _text(value: Any) -> str:

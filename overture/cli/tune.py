@@ -146,7 +146,7 @@ def _panel(result: TuneResult, out: Path, report: Path | None, command: str) -> 
 
     share = 100 * result.stored_parameters / result.base_parameters
     measured = "the held-out rows" if result.prompt.metrics.get("dev_rows") else "the training rows"
-    steps, best = (result.prompt.metrics.get(name) for name in ("steps", "best_step"))
+    steps, best = (int(result.prompt.metrics[name]) for name in ("steps", "best_step"))
     early = " (early stop)" if result.stop_reason == "early stop" else ""
     # Without held-out rows the last step is the one that is kept.
     kept = f", after step {best}, the best on {measured}" if result.dev_curve else ""

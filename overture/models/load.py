@@ -48,15 +48,22 @@ def load_base(
     import transformers
     from transformers import AutoConfig, AutoTokenizer
 
-    from overture.spec import named_task
+    from overture.spec import TASKS, named_task
 
     tiny = name_or_path == "tiny"
     place = str(TINY) if tiny else name_or_path
     if task is not None and task not in _AUTO:
         raise ConfigError(expected=f"a task: {', '.join(_AUTO)}", got=repr(task), do="choose one of these")
     try:
-        saved_as = next(iter(AutoConfig.from_pretrained(place).architectures or ()), "")
-        task = task or named_task(saved_as) or "causal-lm"
+        config = AutoConfig.from_pretrained(place)
+        task = task or named_task(next(iter(config.architectures or ()), "")) or "causal-lm"
+        forms = [name for name in _AUTO if config.model_type in TASKS[name]]
+        if task not in forms:
+            raise UnsupportedModelError(
+                expected=f"a base model that transformers has a form of for {task}",
+                got=f"{name_or_path!r}, of the architecture {config.model_type}",
+                do=f"choose one of its tasks: {', '.join(forms)}" if forms else "choose another base model",
+            )
         auto = getattr(transformers, _AUTO[task])
         model = auto.from_pretrained(place, dtype=dtype or ("float32" if tiny else "auto"))
         tokenizer = AutoTokenizer.from_pretrained(place)

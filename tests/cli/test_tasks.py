@@ -60,7 +60,58 @@ def test_a_classifier_is_tuned_and_measured(run: Run, folders: dict[str, Path], 
     model, tokenizer = ov.load_base(str(folders["classifier"]))
     wanted = ov.evaluate(model, tokenizer, ov.SoftPrompt.load(out), data)
     assert (row["accuracy"], row["f1"], row["targets"]) == (wanted.metrics["accuracy"], wanted.metrics["f1"], 12)
-    assert "accuracy" in run("eval", data, "--model", folders["classifier"], "--prompt", out).out
+    assert "perplexity" not in row
+    table = run("eval", data, "--model", folders["classifier"], "--prompt", out).out
+    assert "accuracy" in table
+    assert "perplexity" not in table
+
+
+def test_a_classifier_answers_and_does_not_chat(run: Run, folders: dict[str, Path], tmp_path: Path) -> None:
+    """Oracle: `ov.predict`."""
+    data, out = write_rows(tmp_path / "rows.jsonl", ROWS), tmp_path / "p.safetensors"
+    words = ["--model", folders["classifier"]]
+    assert run("tune", data, *words, "--steps", 1, "--tokens", 2, "--out", out, "--quiet").code == 0
+    texts = ["the film was good", "it was awful"]
+    rows = run("predict", *texts, *words, "--prompt", out, "--prompt", "none", "--json").document["rows"]
+    model, tokenizer = ov.load_base(str(folders["classifier"]))
+    for number, prompt in enumerate([ov.SoftPrompt.load(out), None]):
+        for found, wanted in zip(rows[number::2], ov.predict(model, tokenizer, texts, prompt), strict=True):
+            assert (found["label"], found["prompt"]) == (wanted.label, ["p", "none"][number])
+            assert found["probabilities"] == pytest.approx(dict(wanted.probabilities))
+    assert [row["text"] for row in rows] == ["the film was good"] * 2 + ["it was awful"] * 2
+    shown = run("predict", texts[0], *words, "--prompt", out)
+    assert rows[0]["label"] in shown.out
+    assert "Predicting 1 row in one batch" in shown.err
+    pair = run("predict", "--column", "text=the film", "--column", "text_pair=it", *words, "--json").document["rows"]
+    assert pair[0]["text"] == "text=the film, text_pair=it"
+    assert run("predict", "the film", "--column", "text=the film", *words).code == 2
+    assert run("predict", "the film", "--model", "tiny").code == 5
+
+    chat = run("chat", *words, "--prompt", out)
+    assert (chat.code, chat.err.count("error (")) == (5, 1)
+    assert "BertForSequenceClassification, a model for sequence-classification" in chat.err
+
+
+def test_spans_and_tags_from_the_shell(run: Run, folders: dict[str, Path]) -> None:
+    """Heads that start at random answer all the same: one tag per word, one span or none."""
+    words = ["--model", folders["cloze"], "--json"]
+    tags = run("predict", "the film was", "--task", "token-classification", *words).document["rows"][0]
+    assert len(tags["labels"]) == len(tags["probabilities"]) == 3
+    asked = ["--column", "question=it was", "--column", "context=the film was good"]
+    answer = run("predict", *asked, "--task", "question-answering", *words).document["rows"][0]
+    assert answer["text"] == "" or answer["text"] in "the film was good"
+
+
+def test_what_a_model_has_no_form_for(run: Run, folders: dict[str, Path], tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", ROWS)
+    refused = run("tune", data, "--model", folders["classifier"], "--task", "seq2seq", "--json")
+    assert refused.code == 5
+    assert refused.document["expected"] == "a base model that transformers has a form of for seq2seq"
+    assert refused.document["do"].startswith("choose one of its tasks: causal-lm, masked-lm, sequence-classification")
+    doctor = run("doctor", "--model", folders["classifier"], "--json").document["model"]
+    assert doctor["task"] == "sequence-classification"
+    assert doctor["tasks"][1:3] == ["masked-lm", "sequence-classification"]
+    assert "sequence-classification; with --task also" in run("doctor", "--model", folders["classifier"]).out
 
 
 def test_a_task_may_be_asked_for(run: Run, folders: dict[str, Path], tmp_path: Path) -> None:

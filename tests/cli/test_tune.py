@@ -64,6 +64,8 @@ def test_the_panel_says_what_was_made_and_what_to_try(run: Run, llama: Path, row
     assert done.code == 0
     for words in ("loss before", "loss after", "share of base", "Next: overture generate", f"'{out}'"):
         assert words in done.out
+    best = SoftPrompt.load(out).metrics["best_step"]
+    assert f", after step {best}, the best on the held-out rows" in done.out
     assert "\r" not in done.err
     assert "\x1b" not in done.err  # plain lines where nobody looks
     assert 5 <= len([line for line in done.err.splitlines() if line.startswith("step ")]) <= 10

@@ -6,11 +6,14 @@ import io
 import json
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import overture as ov
+from overture.prompt import Head, SoftPrompt
 
 from .conftest import Run
 
@@ -128,6 +131,19 @@ def test_chat_through_a_pipe(
     alone = run("chat", "--model", llama, "--prompt", prompts["kv"], *SHORT, "--quiet")
     assert done.out.startswith(alone.out)
     assert alone.err == ""
+
+
+def test_chat_goes_on_without_a_prompt_that_classifies(
+    run: Run, llama: Path, prompts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A causal model and a classifier over one backbone share their base."""
+    prompt = SoftPrompt.load(prompts["kv"])
+    head = Head("sequence-classification", ("no", "yes"), {"score.weight": torch.ones(2, 32)})
+    replace(prompt, head=head).save(tmp_path / "critic.safetensors")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"/prompt {tmp_path / 'critic.safetensors'}\n/quit"))
+    done = run("chat", "--model", llama, *SHORT)
+    assert (done.code, done.err.count("error (")) == (0, 1)
+    assert "one for sequence-classification" in done.err
 
 
 def test_chat_forgets_the_oldest_exchange_when_the_context_is_full(

@@ -43,6 +43,7 @@ def test_the_python_runs(bard: SoftPrompt, capsys: pytest.CaptureFixture[str]) -
     exec(compile(code, "docs/store.md", "exec"), {})
     out = capsys.readouterr().out
     assert "ada@example.com bard 1" in out
+    assert re.match(r"\[['\"][^'\"]", out), "the answer is empty"
     assert "versions=2" in out
 
 

@@ -207,7 +207,8 @@ def _card(prompt: SoftPrompt) -> str:
     head = ["library_name: peft", "tags:", "- soft-prompt"]
     if base and base.count("/") <= 1:
         head = [f"base_model: {json.dumps(base)}", *head]  # YAML takes JSON's quotes
-    lines = [f"A soft prompt of {prompt.length} virtual tokens for {base or 'its base model'}, made with Overture."]
+    tokens = "1 virtual token" if prompt.length == 1 else f"{prompt.length} virtual tokens"
+    lines = [f"A soft prompt of {tokens} for {base or 'its base model'}, made with Overture."]
     if prompt.template is not None:
         lines.append(f"PEFT has no templates: write every text as `{prompt.template.reading}`.")
     if prompt.head is not None:
