@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from overture.cli._ui import Ui
-from overture.tuning.events import CheckpointSaved, Evaluated, Event, Failed, Finished, Started, StepDone
+from overture.tuning.events import CheckpointSaved, Evaluated, Event, Failed, Finished, Planned, Started, StepDone
 
 __all__ = ["TuningView", "sparkline"]
 
@@ -73,7 +73,7 @@ class TuningView:
                 self.lines[event.name].state = event.reason
             case Failed():
                 self.lines[event.name].state = "failed"
-            case CheckpointSaved() | Started():
+            case CheckpointSaved() | Planned() | Started():
                 pass
 
     def _step(self, event: StepDone) -> None:

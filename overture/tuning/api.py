@@ -22,13 +22,16 @@ from overture.tuning.config import TuneConfig
 from overture.tuning.data import Source
 from overture.tuning.events import Event, Listener
 from overture.tuning.identity import run_identity
+from overture.tuning.memory import parse_bytes
 from overture.tuning.prepare import Preparation
 from overture.tuning.results import CohortResult, TuneResult
 from overture.tuning.tasks import task_for
 
 __all__ = ["tune", "tune_many"]
 
+# A pass of more rows is hardly faster per row, and a batch of all of ten thousand prompts would fit nowhere.
 _SLOTS = 64
+_PLANNED_SLOTS = 256
 _SHOWN_NAMES = 8
 
 
@@ -106,6 +109,7 @@ def tune_many(
     config: TuneConfig | None = None,
     behind: SoftPrompt | None = None,
     slots: int | None = None,
+    memory: int | str | None = None,
     on_result: Handover | None = None,
     done: Collection[str] = (),
     run_dir: str | PathLike[str] | None = None,
@@ -129,7 +133,9 @@ def tune_many(
         config: options of the run, the same for all.
         behind: a prompt in front of every one of them, as for `tune`.
         slots: most prompts in training at once, 1 or more; as soon as one ends, the next takes its place. None for
-            all, and at most 64.
+            all, and at most 64; with `memory`, at most 256.
+        memory: what prompts in training and their passes may take beside the frozen model, in bytes or as `"4GB"`.
+            There are as many slots as it allows, found out on a step of the first prompt. None for no limit.
         on_result: called with every result at the moment its prompt has finished; the results are then not kept.
             None to return them all.
         done: names in `data` that are not to be trained, because their results exist already.
@@ -142,7 +148,8 @@ def tune_many(
         Results by name; `.failures` holds the errors of prompts that failed.
 
     Raises:
-        As `tune`, except what is wrong with one prompt's rows or training. Whatever `on_result` or `on_event` raises
+        As `tune`, except what is wrong with one prompt's rows or training. `ConfigError` also if the memory is too
+        small for one prompt. Whatever `on_result` or `on_event` raises
         ends the run.
     """
     config = config or TuneConfig()
@@ -158,16 +165,15 @@ def tune_many(
         chosen,
         config,
         preparation.trainee,
-        slots=slots or min(len(data), _SLOTS),
+        slots=slots or min(len(data), _SLOTS if memory is None else _PLANNED_SLOTS),
+        memory=None if memory is None else parse_bytes(memory),
         filler=filler_id(tokenizer),
         listener=on_event or _ignore,
         hand_over=on_result,
         checkpoint=_checkpoint_path(run_dir, resume),
         identity=run_identity(ModelSpec.of(model).base, chosen, config, behind),
     )
-    if resume:
-        cohort.resume()
-    cohort.run(data, done)
+    cohort.run(data, done=done, resume=resume)
     order = {name: place for place, name in enumerate(data)}
     results = dict(sorted(cohort.results.items(), key=lambda item: order.get(item[0], len(order))))
     return CohortResult(results, cohort.failures, cohort.ended)

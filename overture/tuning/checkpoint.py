@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from overture.errors import CheckpointError, DivergedError, OvertureError
 from overture.files import write_atomically
 from overture.formats import native
+from overture.tuning.plan import Plan, plan_from
 from overture.tuning.results import TuneResult
 from overture.tuning.trainee import Trainee
 
@@ -64,17 +65,23 @@ class Paused:
             raise damaged(path, error) from error
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Saved:
     """Where a run stood."""
 
-    turn: int = 0
+    turn: int
     """Steps that the run had taken."""
-    running: Mapping[str, Paused] = field(default_factory=dict)
+    running: Mapping[str, Paused]
     """Prompts in training, in the order in which they took their slots."""
-    ended: Mapping[str, Ended] = field(default_factory=dict)
-    failures: Mapping[str, OvertureError] = field(default_factory=dict)
+    ended: Mapping[str, Ended]
+    failures: Mapping[str, OvertureError]
     """Prompts that failed. Only those whose training diverged are kept in the file: bad rows may be mended by then."""
+    slots: int
+    """Slots that the run was asked for."""
+    memory: int | None
+    """Memory that it was asked for, bytes."""
+    plan: Plan | None
+    """What it made of these."""
 
 
 def save_checkpoint(path: Path, identity: str, saved: Saved) -> None:
@@ -104,6 +111,9 @@ def save_checkpoint(path: Path, identity: str, saved: Saved) -> None:
         "running": running,
         "ended": ended,
         "failures": {name: [error.expected, error.got, error.do] for name, error in failed.items()},
+        "slots": saved.slots,
+        "memory": saved.memory,
+        "plan": saved.plan and asdict(saved.plan),
     }
     write_atomically(path, save(tensors, metadata={"format": _FORMAT, "state": json.dumps(_encoded(state))}))
 
@@ -139,7 +149,15 @@ def load_checkpoint(path: Path, identity: str) -> Saved:
             name: DivergedError(expected=expected, got=got, do=do)
             for name, (expected, got, do) in state["failures"].items()
         }
-        return Saved(int(state["turn"]), running, ended, failures)
+        return Saved(
+            turn=int(state["turn"]),
+            running=running,
+            ended=ended,
+            failures=failures,
+            slots=state["slots"],
+            memory=state["memory"],
+            plan=plan_from(state["plan"]),
+        )
     except (*_DAMAGE, OvertureError) as error:
         raise damaged(path, error) from error
 

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
-from overture.errors import CheckpointError, DivergedError, OvertureError
-from overture.runtime.recompute import checkpointed_blocks, checkpointing
+from overture.errors import DivergedError, OvertureError
 from overture.tuning.checkpoint import Ended, Paused, Saved, load_checkpoint, other_run, save_checkpoint
 from overture.tuning.config import TuneConfig
-from overture.tuning.events import CheckpointSaved, Evaluated, Failed, Finished, Listener, Started, StepDone
+from overture.tuning.events import CheckpointSaved, Evaluated, Failed, Finished, Listener, Planned, Started, StepDone
 from overture.tuning.example import Example
 from overture.tuning.finish import result_of
 from overture.tuning.forward import Trained, frozen
 from overture.tuning.identity import trainee_identity
-from overture.tuning.losses import by_owner, mean_losses, precision
+from overture.tuning.losses import Share, backward, mean_losses
+from overture.tuning.passes import Fits, Size, grouped
+from overture.tuning.plan import Plan, largest_step, planned, too_large
 from overture.tuning.results import TuneResult
 from overture.tuning.tasks import Task
 from overture.tuning.trainee import Trainee
+from overture.tuning.waiting import Waiting
 
 __all__ = ["Cohort", "Handover"]
 
@@ -33,9 +34,8 @@ Handover = Callable[[TuneResult], None]
 class Cohort:
     """Prompts trained together on one frozen model, each as if it were alone.
 
-    At most `slots` prompts train at once. The others wait in order; as soon as one ends, the next takes its slot, and
-    counts its steps, evaluations and schedule from there. Every row of a batch stands under its own prompt; the losses
-    of different prompts are added, so that each prompt gets the gradient of its own mean loss.
+    A few train at once, and the others wait in order. As soon as one ends, the next takes its slot, and counts its
+    steps, evaluations and schedule from there. Every row of a batch stands under its own prompt.
 
     Args:
         model: the frozen model.
@@ -43,6 +43,7 @@ class Cohort:
         config: the run's options.
         open_trainee: reads a prompt's rows and makes it ready to train; raises `OvertureError` if it cannot.
         slots: most prompts in training at once, 1 or more.
+        memory: bytes for prompts and passes, by which there may be fewer slots; None for as many as they take.
         filler: token id for padding.
         listener: told of every event.
         hand_over: gets every result as it comes; None to keep them in `results`.
@@ -58,6 +59,7 @@ class Cohort:
         open_trainee: Callable[[str], Trainee],
         *,
         slots: int,
+        memory: int | None,
         filler: int,
         listener: Listener,
         hand_over: Handover | None,
@@ -65,14 +67,16 @@ class Cohort:
         identity: str,
     ) -> None:
         self.model, self.task, self.config, self.filler = model, task, config, filler
-        self.open_trainee, self.slots, self.tell, self.hand_over = open_trainee, slots, listener, hand_over
+        self.open_trainee, self.slots, self.memory = open_trainee, slots, memory
+        self.tell, self.hand_over = listener, hand_over
         self.checkpoint, self.identity = checkpoint, identity
         self.turn = 0
-        self.waiting: deque[str] = deque()
+        self.plan = Plan(slots=slots) if memory is None else None
+        self.waiting = Waiting((), open_trainee, {}, checkpoint)
         self.running: dict[str, Trainee] = {}
         self.ended: dict[str, Ended] = {}
         self.failures: dict[str, OvertureError] = {}
-        self._paused: dict[str, Paused] = {}
+        self._fits: Fits | None = None
         self._identities: dict[str, str] = {}
 
     @property
@@ -80,29 +84,22 @@ class Cohort:
         """Results that were not handed over."""
         return {name: one.result for name, one in self.ended.items() if one.result is not None}
 
-    def resume(self) -> None:
-        """Take up the checkpoint, if there is one: `run` goes on from there.
-
-        Raises:
-            CheckpointError: it is damaged, or of another run.
-        """
-        if self.checkpoint is None or not self.checkpoint.exists():
-            return
-        saved = load_checkpoint(self.checkpoint, self.identity)
-        self.turn, self.failures = saved.turn, dict(saved.failures)
-        self._paused, self.ended = dict(saved.running), dict(saved.ended)
-
-    def run(self, names: Iterable[str], done: Collection[str] = ()) -> None:
+    def run(self, names: Iterable[str], *, done: Collection[str] = (), resume: bool = False) -> None:
         """Train until every prompt has finished or failed.
 
         Args:
             names: the prompts, in the order in which they are to have a slot.
             done: those among them that are not to be trained, because their results exist elsewhere.
+            resume: go on from the checkpoint, if there is one.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged, or of another run.
+            ConfigError: the memory is too small for one prompt.
         """
         began = time.perf_counter()
         save_every = self.config.checkpoint_every or max(self.config.steps // 10, 1)
         with frozen(self.model):
-            self._line_up(names, done)
+            self._line_up(names, set(done), resume)
             self._fill()
             while self.running:
                 turn_began = time.perf_counter()
@@ -118,21 +115,27 @@ class Cohort:
                 if self.turn % save_every == 0 or not self.running:
                     self._save()
 
-    def _line_up(self, names: Iterable[str], done: Collection[str]) -> None:
-        """Those that a checkpoint found in training come first, so that they meet again in the batches they shared."""
-        skipped = set(done)
-        wanted = dict.fromkeys(name for name in names if name not in skipped)
-        self._paused = {name: one for name, one in self._paused.items() if name not in skipped}
-        for name in self._paused:
-            if name not in wanted:
-                raise self._other_run(name)
-        for name in self.results:
-            if name in wanted:
-                self._confirm(name)
-        over = {*self._paused, *self.ended, *self.failures}
-        self.waiting = deque([*self._paused, *(name for name in wanted if name not in over)])
+    def _line_up(self, names: Iterable[str], done: Collection[str], resume: bool) -> None:
+        """Take up the checkpoint, and line up those that are still to be trained."""
+        wanted = dict.fromkeys(name for name in names if name not in done)
+        paused: dict[str, Paused] = {}
+        if resume and self.checkpoint is not None and self.checkpoint.exists():
+            saved = load_checkpoint(self.checkpoint, self.identity)
+            self.turn, self.failures, self.ended = saved.turn, dict(saved.failures), dict(saved.ended)
+            if (saved.slots, saved.memory) == (self.slots, self.memory):
+                self.plan = saved.plan
+            paused = {name: one for name, one in saved.running.items() if name not in done}
+            for name in paused:
+                if name not in wanted:
+                    raise other_run(self.checkpoint, name)
+            for name in self.results:
+                if name in wanted:
+                    self._confirm(name, self.checkpoint)
+        over = {*self.ended, *self.failures}
+        left = [name for name in wanted if name not in over]
+        self.waiting = Waiting(left, self.open_trainee, paused, self.checkpoint)
 
-    def _confirm(self, name: str) -> None:
+    def _confirm(self, name: str, checkpoint: Path) -> None:
         """See that a result from a checkpoint, to be given out again, is what today's rows would give."""
         try:
             trainee = self.open_trainee(name)
@@ -140,61 +143,66 @@ class Cohort:
             del self.ended[name]  # so it waits for a slot, and fails by itself when it gets one
         else:
             if self.ended[name].identity != trainee_identity(trainee):
-                raise self._other_run(name)
+                raise other_run(checkpoint, name)
 
     def _fill(self) -> None:
-        """Give free slots to those who wait; one whose rows cannot be used fails and takes none."""
+        """Give free slots to those who wait, as many as there is memory for."""
         fresh: list[Trainee] = []
-        while self.waiting and len(self.running) < self.slots:
-            name = self.waiting.popleft()
-            paused = self._paused.pop(name, None)
-            try:
-                trainee = self.open_trainee(name)
-            except OvertureError as error:
-                self._fail(name, error)
+        while self.plan is None or len(self.running) < self.plan.slots:
+            trainee = self.waiting.first(self._fail)
+            if trainee is None:
+                break
+            if self.plan is None:
+                self.plan = self._planned(trainee)
+            if not self.plan.fits([*self.running.values(), trainee]):
+                if self.running:
+                    break  # it waits until others have ended
+                self.waiting.leave()
+                self._fail(trainee.name, too_large(trainee, self.plan))
                 continue
+            self.waiting.leave()
+            self.running[trainee.name] = trainee
             if self.checkpoint is not None:
-                self._identities[name] = trainee_identity(trainee)
-            if paused is None:
+                self._identities[trainee.name] = trainee_identity(trainee)
+            if trainee.step == 0:
                 fresh.append(trainee)
-            elif paused.identity != self._identities[name]:
-                raise self._other_run(name)
-            else:
-                assert self.checkpoint is not None, "what is paused comes from a checkpoint"
-                paused.load_into(trainee, self.checkpoint)
-            self.running[name] = trainee
-            self.tell(Started(name, trainee.step))
-        for trainee, loss in zip(fresh, self._measured([(t.untuned(), t.dev or t.train) for t in fresh]), strict=True):
-            trainee.frozen_loss = loss
+            self.tell(Started(trainee.name, trainee.step))
+        if self.plan is not None:
+            self._fits = self.plan.room(self.running.values())
+        for one, loss in zip(fresh, self._measured([(t.untuned(), t.dev or t.train) for t in fresh]), strict=True):
+            one.frozen_loss = loss
+
+    def _planned(self, first: Trainee) -> Plan:
+        """The plan for prompts like the first one, told to whoever listens."""
+        assert self.memory is not None, "without a budget there is nothing to plan"
+        saves = self.checkpoint is not None
+        plan = planned(
+            self.model, self.task, first, self.filler, memory=self.memory, slots=self.slots, checkpoints=saves
+        )
+        assert plan.budget is not None
+        held, passing = plan.budget.held([first]), plan.budget.cost.bytes(largest_step(first))
+        self.tell(Planned(plan.slots, self.memory, round(held), round(passing)))
+        return plan
 
     def _step(self, active: Sequence[Trainee]) -> tuple[dict[str, float], int]:
+        """One optimizer step of every prompt, on rows of its own."""
+        assert self._fits is not None, "a plan comes before the first prompt"
         batches = [trainee.batches() for trainee in active]
         targets = [sum(e.num_targets for batch in passes for e in batch) for passes in batches]
-        totals = torch.zeros(len(active))
+        losses = dict.fromkeys((trainee.name for trainee in active), 0.0)
         for part in range(self.config.gradient_accumulation):
-            rows: list[Trained] = []
-            owners: list[int] = []
-            examples: list[Example] = []
-            for owner, (trainee, passes) in enumerate(zip(active, batches, strict=True)):
-                rows += [trainee.noisy()] * len(passes[part])
-                owners += [owner] * len(passes[part])
-                examples += passes[part]
-            with (
-                precision(self.model, self.config),
-                checkpointed_blocks(self.model, checkpointing() if self.config.gradient_checkpointing else None),
-            ):
-                sums = self.task.losses(self.model, rows, examples, self.filler)
-            means = by_owner(sums, owners, len(active)) / torch.tensor(targets, device=sums.device)
-            means.sum().backward()
-            totals += means.detach().cpu()
-        losses = dict(zip([t.name for t in active], totals.tolist(), strict=True))
+            rows = [passes[part] for passes in batches]
+            for group in grouped([Size(1, len(batch), max(map(len, batch))) for batch in rows], self._fits):
+                shares = [Share(active[i].noisy(), rows[i], targets[i]) for i in group]
+                parts = backward(self.model, self.task, self.config, shares, self.filler)
+                for i, loss in zip(group, parts, strict=True):
+                    losses[active[i].name] += loss
         for trainee in active:
             try:
                 trainee.update(losses[trainee.name])
             except DivergedError as error:
                 self._fail(trainee.name, error)
-        tokens = sum(len(e.ids) for passes in batches for batch in passes for e in batch)
-        return losses, tokens
+        return losses, sum(len(e) for passes in batches for batch in passes for e in batch)
 
     def _due(self, trainee: Trainee) -> bool:
         """Whether a prompt stands at one of its own evaluations."""
@@ -237,21 +245,25 @@ class Cohort:
         self.tell(Failed(name, error))
 
     def _measured(self, pairs: Sequence[tuple[Trained, Sequence[Example]]]) -> list[float]:
-        return mean_losses(self.model, self.task, pairs, self.config, self.filler)
+        return mean_losses(self.model, self.task, pairs, self.config, self.filler, self._fits)
 
     def _turns_left(self) -> int:
-        """Turns until all have taken all their steps: the longest is never done sooner, and slots are never idle."""
+        """Turns until all have taken all their steps, if slots are never idle."""
         left = [self.config.steps - trainee.step for trainee in self.running.values()]
-        shared = -(-(sum(left) + len(self.waiting) * self.config.steps) // self.slots)
-        return max(*left, shared) if left else shared
+        total, slots = sum(left) + len(self.waiting) * self.config.steps, max(len(left), 1)
+        return max([-(-total // slots), *left])
 
     def _save(self) -> None:
         if self.checkpoint is not None:
             running = {name: Paused(self._identities[name], *t.state()) for name, t in self.running.items()}
-            saved = Saved(self.turn, running | self._paused, self.ended, self.failures)
+            saved = Saved(
+                turn=self.turn,
+                running=running | self.waiting.paused,
+                ended=self.ended,
+                failures=self.failures,
+                slots=self.slots,
+                memory=self.memory,
+                plan=self.plan,
+            )
             save_checkpoint(self.checkpoint, self.identity, saved)
             self.tell(CheckpointSaved(self.turn, self.checkpoint))
-
-    def _other_run(self, name: str) -> CheckpointError:
-        assert self.checkpoint is not None, "nothing is resumed without a checkpoint"
-        return other_run(self.checkpoint, name)

@@ -8,7 +8,21 @@ from pathlib import Path
 
 from overture.errors import OvertureError
 
-__all__ = ["CheckpointSaved", "Evaluated", "Event", "Failed", "Finished", "Listener", "Started", "StepDone"]
+__all__ = ["CheckpointSaved", "Evaluated", "Event", "Failed", "Finished", "Listener", "Planned", "Started", "StepDone"]
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """What the run makes of its budget of memory."""
+
+    slots: int
+    """Prompts in training at once, if all are like the first; fewer while they hold more."""
+    memory: int
+    """The budget, bytes, beside what the frozen model takes."""
+    held: int
+    """Bytes that the first prompt holds for as long as it trains, its rows included."""
+    passing: int
+    """Bytes that a step of the first prompt takes for a while."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,5 +88,5 @@ class CheckpointSaved:
     path: Path
 
 
-Event = Started | StepDone | Evaluated | Finished | Failed | CheckpointSaved
+Event = Planned | Started | StepDone | Evaluated | Finished | Failed | CheckpointSaved
 Listener = Callable[[Event], None]
