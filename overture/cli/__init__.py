@@ -23,6 +23,7 @@ from overture.cli import (
     inspect,
     keys,
     predict,
+    serve,
     store,
     tune,
     tune_many,
@@ -63,6 +64,7 @@ app.command("inspect")(inspect.inspect)
 app.command("import")(import_.import_)
 app.command("export")(export.export)
 app.add_typer(store.app)
+app.command("serve")(serve.serve)
 app.add_typer(keys.app)
 app.command("demo")(demo.demo)
 app.command("doctor")(doctor.doctor)

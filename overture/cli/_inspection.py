@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from overture import dispatch
 from overture.errors import UnsupportedModelError
 from overture.prompt import KVPrefix, SoftPrompt, VirtualTokens
+from overture.runtime import nearest
 from overture.runtime.attention import CallOrder, PrefixAttention
 from overture.runtime.compile import compile_prefixes
 from overture.runtime.encode import encode
@@ -25,8 +25,6 @@ from overture.runtime.rows import PrefixRows
 from overture.spec import ModelSpec, execution_device
 
 __all__ = ["attention_mass", "compiled", "nearest_words", "norms"]
-
-_CHUNK = 16_384
 
 
 @torch.no_grad()
@@ -46,16 +44,9 @@ def nearest_words(
 
     Source: Prompt Tuning (arXiv:2104.08691), section 7.
     """
-    embedding, device = model.get_input_embeddings(), execution_device(model)
-    size = ModelSpec.of(model).vocab_size
-    own_PD = normalize(tokens.embeddings.float().to(device), dim=-1)
-    chunks = [torch.arange(i, min(i + _CHUNK, size), device=device) for i in range(0, size, _CHUNK)]
-    cosine_PV = torch.cat([own_PD @ normalize(embedding(ids).float(), dim=-1).T for ids in chunks], dim=1)
-    best = cosine_PV.topk(min(count, size), dim=1)
-    return [
-        [(str(tokenizer.decode([i])), round(cosine, 4)) for i, cosine in zip(ids, cosines, strict=True)]
-        for ids, cosines in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    ]
+    device = execution_device(model)
+    own = tokens.map(lambda t: t.to(device))
+    return nearest.nearest_words(own, model.get_input_embeddings(), ModelSpec.of(model).vocab_size, tokenizer, count)
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from overture.serve.limits import Limits
 from overture.serve.metrics import Metrics
 from overture.serve.refusal import ClientGoneError, Refusal, failed
 from overture.serve.requests import Engine
-from overture.serve.routes import admin, chat, completions, health, models
+from overture.serve.routes import admin, chat, completions, health, models, page
 from overture.serve.service import Service
 from overture.store import PromptStore
 
@@ -64,7 +64,7 @@ def create_app(
     # No documentation pages: FastAPI's take their scripts from elsewhere.
     app = FastAPI(title="Overture", docs_url=None, redoc_url=None, openapi_url="/openapi.json", responses=_ERRORS)
     app.state.service = service
-    for routes in (models, chat, completions, health, admin):
+    for routes in (models, chat, completions, health, admin, page):
         app.include_router(routes.router)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _refused)

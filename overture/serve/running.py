@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 import socket
 from collections.abc import Callable
 
@@ -65,4 +66,10 @@ def run(app: ASGIApp, listening: socket.socket, *, drain: float, started: Callab
     """
     server = make_server(app, drain=drain)
     started()
-    server.run(sockets=[listening])
+    # When uvicorn has stopped it raises the signal again, for whoever listened before: being told to stop is no error.
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        server.run(sockets=[listening])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
