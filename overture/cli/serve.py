@@ -12,7 +12,6 @@ import typer
 
 from overture.cli._options import Model, Quiet
 from overture.cli._program import program
-from overture.cli._session import load_session
 from overture.cli._ui import Ui
 from overture.cli.keys import KeysFile, Place, keys_file
 from overture.errors import ConfigError
@@ -110,6 +109,8 @@ def _built(
     ui: Ui, model: str, store: PromptStore, ring: KeyRing | None, config: ServeConfig, rows: int
 ) -> tuple[Any, Any]:
     """The application and its engine."""
+    from overture.cli._session import load_session
+
     session = load_session(ui, model)
     from overture.serve.app import create_app
     from overture.serve.engine import Batcher, EngineConfig
