@@ -4,6 +4,7 @@
 const MOST = 4;
 const $ = (id) => document.getElementById(id);
 const make = (tag, text = "", className = "") => Object.assign(document.createElement(tag), { textContent: text, className });
+const nats = (value) => value.toFixed(2);
 const number = (value) => value.toLocaleString("en", { maximumFractionDigits: 2 });
 
 let key = ""; // in memory only
@@ -98,7 +99,8 @@ function toggle(id) {
 // A name may be typed in full: one with a version, or several joined by +.
 async function addTyped() {
   const id = $("filter").value.trim();
-  if (!id || picked.includes(id) || picked.length >= MOST) return;
+  if (!id || picked.includes(id)) return;
+  if (picked.length >= MOST) return say(`${MOST} prompts are compared already: put one away first.`, true);
   try {
     if (!models.has(id)) models.set(id, await (await call(`/v1/models/${encodeURIComponent(id)}`)).json());
     $("filter").value = "";
@@ -148,7 +150,7 @@ async function describe(id, root) {
     File: `${number(about.bytes / 1024)} KiB`,
     Template: about.template,
     Loss: typeof metrics.loss !== "number" ? null
-      : typeof metrics.frozen_loss === "number" ? `${number(metrics.frozen_loss)} → ${number(metrics.loss)}` : number(metrics.loss),
+      : typeof metrics.frozen_loss === "number" ? `${nats(metrics.frozen_loss)} → ${nats(metrics.loss)}` : nats(metrics.loss),
     Steps: metrics.steps,
     Owner: about.shared ? "shared with all" : null,
   };
@@ -174,11 +176,11 @@ function showCurve(figure, metrics) {
     return node;
   };
   const picture = draw("svg", { class: "curve", viewBox: "0 0 100 50", preserveAspectRatio: "none", role: "img",
-    "aria-label": `Loss from ${number(points[0][1])} to ${number(points.at(-1)[1])} in ${right} steps` });
+    "aria-label": `Loss from ${nats(points[0][1])} to ${nats(points.at(-1)[1])} in ${right} steps` });
   picture.append(draw("line", { x1: 0, y1: 50, x2: 100, y2: 50 }));
   for (const [name, curve] of curves) picture.append(draw("polyline", { class: name, points: curve.map(at).join(" ") }));
   const ends = make("p", "", "ends hint");
-  ends.append(make("span", `${number(points[0][1])} nats`), make("span", `${number(points.at(-1)[1])} after ${right} steps`));
+  ends.append(make("span", `${nats(points[0][1])} nats`), make("span", `${nats(points.at(-1)[1])} after ${right} steps`));
   figure.append(picture, ends);
 }
 
