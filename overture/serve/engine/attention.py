@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,10 +20,14 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from overture.dispatch import AttentionFunction
-from overture.runtime.attention import CallOrder
+from overture.runtime.attention import CallOrder, PrefixAttention
+from overture.runtime.rows import Fold, PrefixRows
 from overture.serve.engine.cache import Shelf
 
 __all__ = ["CachedAttention", "Group"]
+
+
+_PART = "self"
 
 
 @dataclass(eq=False)
@@ -36,8 +41,8 @@ class Group:
     """Per row, positions that its slot holds."""
     counts: Sequence[int]
     """Per row, new tokens."""
-    aheads: Sequence[int]
-    """Per row, positions of its prefix."""
+    heads: Sequence[int]
+    """Per row, positions at the beginning of its slot that are its prefix."""
     masks: dict[Any, Tensor | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -93,6 +98,23 @@ class Group:
             self.masks[signature] = scores.masked_fill_(~seen, -torch.inf)[:, None]
         return self.masks[signature]
 
+    def beside(self, layers: Mapping[int, Sequence[int]]) -> PrefixAttention | None:
+        """What answers for rows that share a prefix."""
+        prefix = self.shelf.prefix
+        if prefix is None:
+            return None
+        rows, device = len(self.counts), prefix.keys[0].device
+        shared = PrefixRows(
+            keys=tuple(key[None] for key in prefix.keys),
+            values=tuple(value[None] for value in prefix.values),
+            parts=(_PART,) * len(prefix.keys),
+            choice=torch.zeros(rows, dtype=torch.long, device=device),
+            lengths={_PART: torch.full((rows,), prefix.length, device=device)},
+            uniform={_PART: True},
+            folds={_PART: Fold.of([0] * rows, [prefix.length] * rows, device)},
+        )
+        return PrefixAttention(shared, layers)
+
     def _seen(self, window: int | None) -> Bool[Tensor, "R T S"]:
         queries = torch.tensor(self.starts)[:, None] + torch.arange(self.queries)
         keys = torch.arange(self.positions)
@@ -100,7 +122,7 @@ class Group:
         if window is None:
             return seen
         near = queries[..., None] - keys < window
-        return seen & (near | (keys < torch.tensor(self.aheads)[:, None, None]))
+        return seen & (near | (keys < torch.tensor(self.heads)[:, None, None]))
 
 
 class CachedAttention:
@@ -116,6 +138,7 @@ class CachedAttention:
         self, groups: Sequence[Group], layers: Mapping[int, Sequence[int]], windows: Mapping[int, int]
     ) -> None:
         self.groups, self.order, self.windows = groups, CallOrder(layers), windows
+        self.beside = [group.beside(layers) for group in groups]
 
     def attend(
         self,
@@ -131,10 +154,12 @@ class CachedAttention:
         layer = self.order.next(module)
         assert layer is not None
         found, end = [], 0
-        for group in self.groups:
+        for group, beside in zip(self.groups, self.beside, strict=True):
             start, end = end, end + group.tokens
             parts = (tensor[0, :, start:end] for tensor in (query, key, value))
-            found.append(self._answer(inner, module, group, layer, *parts, **kwargs))
+            function = inner if beside is None else partial(beside.attend, inner)
+            required = inner is not sdpa_attention_forward
+            found.append(self._answer(function, module, group, layer, *parts, required=required, **kwargs))
         return torch.cat(found)[None], None
 
     def _answer(
@@ -146,13 +171,15 @@ class CachedAttention:
         query: Float[Tensor, "H n D"],
         key: Float[Tensor, "K n D"],
         value: Float[Tensor, "K n E"],
+        *,
+        required: bool,
         **kwargs: Any,
     ) -> Float[Tensor, "n H E"]:
         keys, values = group.shelf.keys[layer], group.shelf.values[layer]
         at = group.slots.to(key.device), group.places.to(key.device)
         keys[at], values[at] = key.transpose(0, 1).to(keys.dtype), value.transpose(0, 1).to(values.dtype)
         window = slice(group.first, group.first + len(group.counts)), slice(group.positions)
-        mask = group.mask(self.windows.get(layer), query, required=inner is not sdpa_attention_forward)
+        mask = group.mask(self.windows.get(layer), query, required=required)
         answer, _ = inner(
             module,
             group.padded(query),

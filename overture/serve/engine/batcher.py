@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections import Counter, deque
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from overture.errors import ConfigError
 from overture.prompt import KVPrefix
 from overture.serve.engine.cache import Shelves
 from overture.serve.engine.config import EngineConfig
-from overture.serve.engine.core import Core, as_failure
+from overture.serve.engine.core import Core, as_failure, log_failure
 from overture.serve.engine.loader import Loader
 from overture.serve.engine.plan import Planner
 from overture.serve.engine.prefixes import Prefixes
@@ -28,8 +27,6 @@ from overture.spec import unwrapped
 from overture.store import PromptStore
 
 __all__ = ["Batcher"]
-
-_LOG = logging.getLogger(__name__)
 
 
 @dataclass(eq=False, slots=True)
@@ -155,7 +152,7 @@ class Batcher:
         except Exception as error:
             failure = as_failure(error)
             if failure is not error:
-                _LOG.exception("a job could not be loaded")
+                log_failure("a job could not be loaded", error)
             self._tell(lambda: self._deliver(entry, Ended("error", 0, 0, failure)))
         else:
             self._tell(lambda: self._arrive(entry, row))
@@ -168,9 +165,10 @@ class Batcher:
                 self._changed.wait_for(lambda: self._messages or self._core.busy or self._stopped)
                 if self._stopped:
                     return
-                messages, self._messages = self._messages, deque()
-            for message in messages:
-                message()
+                count = len(self._messages)
+            for _ in range(count):
+                # Not kept a moment longer: it holds a prompt, which may be erased.
+                self._messages.popleft()()
             if self._core.busy:
                 self._core.step()
 
@@ -194,8 +192,7 @@ class Batcher:
         try:
             entry.deliver(event)
         except Exception as error:
-            # Nobody is there to hear of it. What the error says may quote the text.
-            _LOG.error("an event could not be delivered: %s", type(error).__name__)
+            log_failure("an event could not be delivered", error)  # nobody is there to hear of it
             if not isinstance(event, Ended):
                 self._tell(lambda: self._cancel(entry))
         if isinstance(event, Ended):

@@ -1,7 +1,8 @@
 """Keys and values of the rows: shelves of slots, one for every size, so that a long row costs short ones nothing.
 
 A row stands in a slot of the smallest shelf that holds it, its prompt's prefix in front of its text, and moves up when
-it has outgrown the shelf. The first slots of a shelf are taken, the rest are free: what attention reads is a view.
+it has outgrown the shelf. The first slots of a shelf are taken, the rest are free: what attention reads is a view. Rows
+that share a long prefix stand on a shelf of their own, which has the prefix once and only their texts in its slots.
 
 Shape suffixes: R slots, S positions of a slot, K key/value heads, D key size, E value size.
 """
@@ -61,32 +62,47 @@ class Line:
     """Virtual tokens inside the text, on the model's device."""
     prefix: KVPrefix | None = None
     """What stands in front of the text, as the model's layers keep it."""
+    ahead: int = 0
+    """Its positions, P."""
+    held: int = 0
+    """How many of them are in the slot: none where rows share the prefix, else all."""
     cached: int = 0
-    """Positions in the slot, the prefix's included."""
+    """Positions in the slot."""
     place: Place | None = None
 
+    def stand_behind(self, prefix: KVPrefix | None, *, shared: bool) -> None:
+        """Take a prefix, into the slot or beside it."""
+        self.prefix, self.ahead = prefix, 0 if prefix is None else prefix.length
+        self.held = 0 if shared else self.ahead
+
     @property
-    def ahead(self) -> int:
-        """Positions of the prefix, P."""
-        return 0 if self.prefix is None else self.prefix.length
+    def beside(self) -> KVPrefix | None:
+        """The prefix that the row shares."""
+        return None if self.held == self.ahead else self.prefix
 
     @property
     def length(self) -> int:
-        """Positions of the prefix and of all there is to read."""
-        return self.ahead + len(self.ids)
+        """Positions that the row takes in a slot with all there is to read."""
+        return self.held + len(self.ids)
 
     @property
     def unread(self) -> int:
         """Tokens that are not in the slot."""
-        return self.length - self.cached if self.place is not None else len(self.ids)
+        return len(self.ids) if self.place is None else self.held + len(self.ids) - self.cached
 
 
 class Shelf:
-    """Slots of one size."""
+    """Slots of one size.
 
-    def __init__(self, layers: Sequence[LayerShape], size: int) -> None:
+    Args:
+        layers: what the model keeps of a position.
+        size: positions of a slot.
+        prefix: what all rows of the shelf have in front of their slots.
+    """
+
+    def __init__(self, layers: Sequence[LayerShape], size: int, prefix: KVPrefix | None = None) -> None:
         self.number = next(_NUMBERS)
-        self.size = size
+        self.size, self.prefix = size, prefix
         self.rows: list[Line] = []
         self.capacity = 0
         self.keys = [_empty(layer, 0, size, layer.key_dim) for layer in layers]
@@ -107,35 +123,40 @@ class Shelf:
         """Put a row into the first free slot, with what it has in its slot elsewhere; else with its prefix."""
         slot, before = len(self.rows), row.place
         self.rows.append(row)
+        row.place = Place(self, slot)
         if before is not None:
             for tensors, others in ((self.keys, before.shelf.keys), (self.values, before.shelf.values)):
                 for tensor, other in zip(tensors, others, strict=True):
                     tensor[slot, : row.cached] = other[before.slot, : row.cached]
-            before.shelf.remove(row)
-        else:
-            row.cached = row.ahead
-        if before is None and row.prefix is not None:
+            before.shelf._free(before.slot)
+            return
+        row.cached = row.held
+        if row.prefix is not None and row.held:
             for tensors, parts in ((self.keys, row.prefix.keys), (self.values, row.prefix.values)):
                 for tensor, part in zip(tensors, parts, strict=True):
-                    tensor[slot, : row.ahead] = part.transpose(0, 1)
-        row.place = Place(self, slot)
+                    tensor[slot, : row.held] = part.transpose(0, 1)
 
     def remove(self, row: Line) -> None:
-        """Free a row's slot; the last row takes it."""
+        """Free a row's slot."""
         assert row.place is not None
-        slot, last = row.place.slot, self.rows.pop()
+        self._free(row.place.slot)
         row.place = None
-        if last is not row:
-            assert last.place is not None
-            for tensor in (*self.keys, *self.values):
-                tensor[slot, : last.cached] = tensor[last.place.slot, : last.cached]
-            self.rows[slot] = last
-            last.place.slot = slot
 
     def wipe(self, slot: int) -> None:
         """Write zeros over a slot: a NaN that a row left behind would reach the next one through masks."""
         for tensor in (*self.keys, *self.values):
             tensor[slot] = 0
+
+    def _free(self, slot: int) -> None:
+        """The last row takes the slot."""
+        last = self.rows.pop()
+        if slot == len(self.rows):
+            return
+        assert last.place is not None
+        for tensor in (*self.keys, *self.values):
+            tensor[slot, : last.cached] = tensor[last.place.slot, : last.cached]
+        self.rows[slot] = last
+        last.place.slot = slot
 
 
 class Shelves:
@@ -150,8 +171,8 @@ class Shelves:
     def __init__(self, layers: Sequence[LayerShape], budget: int, longest: int | None) -> None:
         self.layers, self.budget = layers, budget
         self.per_position = sum(layer.bytes for layer in layers)
-        self.shelves: dict[int, Shelf] = {}
-        self.apart: list[Shelf] = []
+        self.shelves: dict[tuple[int, KVPrefix | None], Shelf] = {}
+        self.singles: list[Shelf] = []
         # A row that moves up stands in two slots for a moment.
         fits = budget // (2 * self.per_position)
         self.longest = min(longest or fits, fits)
@@ -159,30 +180,30 @@ class Shelves:
     @property
     def bytes(self) -> int:
         """Bytes of all slots."""
-        every = (*self.shelves.values(), *self.apart)
+        every = (*self.shelves.values(), *self.singles)
         return self.per_position * sum(shelf.capacity * shelf.size for shelf in every)
 
-    def shelf(self, positions: int) -> Shelf | None:
-        """The shelf for a row of so many positions, with a free slot; None if there is no room."""
-        size = self._size(positions)
-        shelf = self.shelves.setdefault(size, Shelf(self.layers, size))
+    def shelf(self, row: Line) -> Shelf | None:
+        """The shelf for a row with all it has to read, with a free slot; None if there is no room."""
+        key = self._size(row), row.beside
+        shelf = self.shelves.get(key) or Shelf(self.layers, *key)
         taken = len(shelf.rows)
         if taken == shelf.capacity:
             wanted = (max(2 * taken, _FEWEST), taken + 1)
-            capacity = next((slots for slots in wanted if self._room((slots - taken) * size)), None)
+            capacity = next((slots for slots in wanted if self._room((slots - taken) * shelf.size)), None)
             if capacity is None:
                 return None
             shelf.resize(capacity)
+        self.shelves[key] = shelf
         return shelf
 
-    def alone(self, positions: int) -> Shelf | None:
-        """A shelf with one slot, for a row that is still being read; None if there is no room."""
-        size = self._size(positions)
-        if not self._room(size):
+    def single(self, row: Line) -> Shelf | None:
+        """A shelf with one slot, for a row whose text is read piece by piece; None if there is no room."""
+        shelf = Shelf(self.layers, self._size(row), row.beside)
+        if not self._room(shelf.size):
             return None
-        shelf = Shelf(self.layers, size)
         shelf.resize(1)
-        self.apart.append(shelf)
+        self.singles.append(shelf)
         return shelf
 
     def leave(self, row: Line) -> None:
@@ -192,14 +213,17 @@ class Shelves:
         self.tidy()
 
     def tidy(self) -> None:
-        """Let go of shelves for single rows that are empty."""
-        self.apart = [shelf for shelf in self.apart if shelf.rows]
+        """Let go of shelves for single rows, and for shared prefixes, that are empty."""
+        if self.singles:
+            self.singles = [shelf for shelf in self.singles if shelf.rows]
+        for key in [key for key, shelf in self.shelves.items() if key[1] is not None and not shelf.rows]:
+            del self.shelves[key]
 
-    def _size(self, positions: int) -> int:
+    def _size(self, row: Line) -> int:
         size = _SMALLEST
-        while size < positions:
+        while size < row.length:
             size *= 2
-        return min(size, max(self.longest, positions))
+        return min(size, max(self.longest, row.length))
 
     def _room(self, positions: int) -> bool:
         """Whether there is room for so many positions more, if need be without the free slots of other shelves."""

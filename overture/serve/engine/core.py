@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import traceback
 from collections.abc import Sequence
 
 from overture.errors import DivergedError, OvertureError
@@ -12,7 +13,7 @@ from overture.serve.engine.row import Reason, Row
 from overture.serve.engine.sample import choose
 from overture.serve.engine.step import Stepper
 
-__all__ = ["Core", "as_failure"]
+__all__ = ["Core", "as_failure", "log_failure"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class Core:
         try:
             self._run(self.planner.parts())
         except Exception as error:
-            _LOG.exception("a step failed")
+            log_failure("a step failed", error)
             for row in list(self.planner.rows):
                 self._fail(row, as_failure(error))
         self.steps += 1
@@ -70,7 +71,7 @@ class Core:
             choices = choose(logits, [row.chooser for row in ends])
         except Exception as error:
             if len(parts) == 1:
-                _LOG.exception("a row failed in a step")
+                log_failure("a row failed in a step", error)
                 return self._fail(parts[0][0], as_failure(error))
             middle = len(parts) // 2
             self._run(parts[:middle])
@@ -85,7 +86,7 @@ class Core:
             try:
                 row.accept(choice, self._last)
             except Exception as error:
-                _LOG.exception("a token could not be taken")
+                log_failure("a token could not be taken", error)
                 self._fail(row, as_failure(error))
             self.completion_tokens += 1
             if row.ended:
@@ -106,6 +107,11 @@ def as_failure(error: Exception) -> OvertureError:
         got=f"a failure inside the engine ({type(error).__name__})",
         do="try again, and see the server's log if it happens again",
     )
+
+
+def log_failure(what: str, error: Exception) -> None:
+    """Log where something failed, but not what the error says: that may quote a text."""
+    _LOG.error("%s: %s\n%s", what, type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
 
 
 def _not_finite() -> DivergedError:

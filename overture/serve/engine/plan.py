@@ -55,9 +55,9 @@ class Planner:
         """A slot that is large enough for the row, if need be that of a younger one."""
         while row.place is not None:
             shelf = row.place.shelf
-            if row.length <= shelf.size and shelf not in self.shelves.apart:
+            if row.length <= shelf.size and shelf not in self.shelves.singles:
                 return
-            larger = self.shelves.shelf(row.length)
+            larger = self.shelves.shelf(row)
             if larger is not None:
                 larger.add(row)
                 self.shelves.tidy()
@@ -100,17 +100,22 @@ class Planner:
         if not whole and not first and left < self.config.prefill_chunk // 4:
             return 0  # too little to begin with
         try:
-            row.prefix = self._ready(row)
+            prefix = self._ready(row)
         except OvertureError as error:
             row.end("error", error)
             return 0
-        shelf = self.shelves.shelf(row.length) if whole else self.shelves.alone(row.length)
+        row.stand_behind(prefix, shared=prefix is not None and self._shares(prefix))
+        shelf = self.shelves.shelf(row) if whole else self.shelves.single(row)
         if shelf is None:
             return 0
         count = min(row.unread, left)
         shelf.add(row)
         self.rows.append(row)
         return count
+
+    def _shares(self, prefix: KVPrefix) -> bool:
+        """Whether a row shall read the prefix where it is kept. Attending to it apart pays where it is long."""
+        return prefix.length >= self.config.share_from and any(row.prefix is prefix for row in self.rows)
 
 
 def grouped(parts: Sequence[Part]) -> tuple[list[Part], list[Group]]:
@@ -133,7 +138,7 @@ def grouped(parts: Sequence[Part]) -> tuple[list[Part], list[Group]]:
                 first.slot,
                 [row.cached for row, _ in members],
                 [count for _, count in members],
-                [row.ahead for row, _ in members],
+                [row.held for row, _ in members],
             )
         )
     return ordered, groups

@@ -15,7 +15,7 @@ from overture.prompt import KVPrefix, SoftPrompt, VirtualTokens
 from overture.runtime.compile import compile_prefixes
 from overture.runtime.rotation import concatenated, shifted
 from overture.serve.engine.cache import LayerShape
-from overture.spec import execution_device, measuring
+from overture.spec import execution_device
 from overture.store.records import TierStats
 
 __all__ = ["Prefixes"]
@@ -76,16 +76,16 @@ class Prefixes:
             budget=self._budget,
         )
 
+    @torch.no_grad()
     def _made(self, prompts: Sequence[SoftPrompt]) -> KVPrefix:
         pieces: list[KVPrefix] = []
-        with measuring(self._model):
-            for prompt in prompts:
-                value = prompt.value
-                if isinstance(value, VirtualTokens):
-                    piece = compile_prefixes(self._model, [value])[0].map(torch.Tensor.detach)
-                else:
-                    piece = value.map(lambda t: t.to(self._device))
-                pieces.append(shifted(self._model, piece, sum(piece.length for piece in pieces)))
+        for prompt in prompts:
+            value = prompt.value
+            if isinstance(value, VirtualTokens):
+                piece = compile_prefixes(self._model, [value])[0]
+            else:
+                piece = value.map(lambda t: t.to(self._device))
+            pieces.append(shifted(self._model, piece, sum(piece.length for piece in pieces)) if pieces else piece)
         joined = pieces[0] if len(pieces) == 1 else concatenated(pieces)
         return replace(
             joined,

@@ -25,11 +25,19 @@ class Chooser:
     sampling: Sampling
     random: Random
     counts: dict[int, int]
+    drawn: float | None = None
 
     @classmethod
     def of(cls, sampling: Sampling) -> Chooser:
         """A row's chooser at the beginning of its answer."""
         return cls(sampling, Random(sampling.seed), {})
+
+    @property
+    def number(self) -> float:
+        """A number from 0 to 1 for the next token. It stays until that is taken: a step that failed is repeated."""
+        if self.drawn is None:
+            self.drawn = self.random.random()
+        return self.drawn
 
     @property
     def penalises(self) -> bool:
@@ -38,6 +46,7 @@ class Chooser:
 
     def chosen(self, id: int) -> None:
         """Take note of a token."""
+        self.drawn = None
         if self.penalises:
             self.counts[id] = self.counts.get(id, 0) + 1
 
@@ -98,10 +107,11 @@ def _drawn(scores: Float[Tensor, "B V"], rows: Sequence[int], choosers: Sequence
     chosen = _likeliest(chosen, [w.top_k for w in wishes])
     weights = _nucleus(chosen.double().softmax(dim=1), [w.top_p for w in wishes])
     sums = weights.cumsum(dim=1)
-    numbers = torch.tensor([choosers[i].random.random() for i in rows], dtype=sums.dtype, device=sums.device)
-    at = torch.searchsorted(sums, numbers[:, None] * sums[:, -1:], right=True)[:, 0]
+    whole = sums[:, -1:].contiguous()
+    numbers = torch.tensor([choosers[i].number for i in rows], dtype=sums.dtype, device=sums.device)
+    at = torch.searchsorted(sums, numbers[:, None] * whole, right=True)[:, 0]
     # Rounding may land behind the last token of any weight.
-    last = torch.searchsorted(sums, sums[:, -1:])[:, 0]
+    last = torch.searchsorted(sums, whole)[:, 0]
     drawn: list[int] = torch.minimum(at, last).tolist()
     return drawn
 

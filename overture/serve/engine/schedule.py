@@ -8,7 +8,7 @@ from overture.serve.engine.row import Row
 
 __all__ = ["FairQueue"]
 
-_QUANTUM = 256
+_QUANTUM = 64
 _COUNTED = 64
 
 

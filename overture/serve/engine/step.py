@@ -32,7 +32,7 @@ _TAKEN = ("sdpa", "eager")
 
 
 class Stepper:
-    """Runs a model over the rows of one step.
+    """Runs a model, which it puts into evaluation mode, over the rows of one step.
 
     Raises:
         UnsupportedModelError: the model holds what no slot can hold, or its attention cannot be reached.
@@ -40,7 +40,7 @@ class Stepper:
 
     def __init__(self, model: PreTrainedModel) -> None:
         require_generation(model, ("causal-lm",))
-        self.model, self.host = model, Host.of(model)
+        self.model, self.host = model.eval(), Host.of(model)
         self.spec = self.host.spec
         self._require_slots()
         self.device = execution_device(model)
@@ -65,9 +65,9 @@ class Stepper:
         positions: list[int] = []
         last: list[int] = []
         for row, count in rows:
-            read = row.cached - row.ahead
+            read = row.cached - row.held
             ids += row.ids[read : read + count]
-            start = row.cached + self.first
+            start = read + row.ahead + self.first
             positions += range(start, start + count)
             if read + count == len(row.ids):
                 last.append(len(ids) - 1)
@@ -122,7 +122,7 @@ class Stepper:
             expected: Tensor = self.model(input_ids=self._plain(), use_cache=False).logits[0].float()
             found = []
             rows = [Line(ids=ids), Line(ids=ids[:2])]
-            shelf = shelves.shelf(_PROBED)
+            shelf = shelves.shelf(rows[0])
             assert shelf is not None
             for row in rows:
                 shelf.add(row)
@@ -157,7 +157,7 @@ def _virtual(rows: Sequence[tuple[Line, int]]) -> TokenRows | None:
     embeddings: list[Tensor] = []
     found = 0
     for row, count in rows:
-        read = row.cached - row.ahead
+        read = row.cached - row.held
         own = row.slots[read : read + count]
         own = (*own, *[-1] * (count - len(own)))
         slots += [slot if slot < 0 else slot + found for slot in own]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from overture.prompt import SoftPrompt
@@ -18,12 +19,12 @@ from tests.exactness.conftest import SHAPES, build
 from tests.serve.conftest import quick_folder
 from tests.serve.engine.bench import GREEDY, TENANT, alone, ask, job, make_prompts, make_tokenizer
 
-TEXTS = ("w9 w10 w11 w12 w13 w14 w15 w16 w17 w18 w19 w20", "w21", "w22 w23 w24", "w25 w26 w27 w28 w29 w30 w31")
+TEXTS = ("w9 w10 w11 w12 w13 w14 w15 w16 w17 w18 w19 w20", "w21", "w22 w23 w24")
 CHOICES = [(), ("prefix5",), ("prefix2",), ("leading4",), ("leading3",), ("inside3",), ("prefix2", "leading4")]
 LOGPROB = 1e-9
 
 
-@pytest.fixture(params=SHAPES)
+@pytest.fixture(scope="module", params=SHAPES)
 def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     model = build(request.param)
     # So random a model would end its answers by chance; here they end by length.
@@ -31,12 +32,24 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     return model
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def prompts(model: PreTrainedModel) -> dict[str, SoftPrompt]:
     return make_prompts(ModelSpec.of(model))
 
 
-@pytest.fixture
+ASKED = [(names, text) for names in CHOICES for text in TEXTS]
+
+
+@pytest.fixture(scope="module")
+def wanted(model: PreTrainedModel, prompts: dict[str, SoftPrompt]) -> list[tuple[list[int], Tensor]]:
+    tokenizer = make_tokenizer()
+    return [
+        alone(model, tokenizer, [prompts[name] for name in names], text, GREEDY.max_tokens or 0)
+        for names, text in ASKED
+    ]
+
+
+@pytest.fixture(scope="module")
 def store(prompts: dict[str, SoftPrompt]) -> Iterator[PromptStore]:
     with quick_folder() as folder, PromptStore(folder / "store") as store:
         for name, prompt in prompts.items():
@@ -44,23 +57,25 @@ def store(prompts: dict[str, SoftPrompt]) -> Iterator[PromptStore]:
         yield store
 
 
-@pytest.mark.parametrize("chunk", [512, 3])
+@pytest.mark.parametrize(
+    "config",
+    [EngineConfig(max_rows=9, share_from=4), EngineConfig(max_rows=9, prefill_chunk=3, share_from=2)],
+    ids=["whole", "pieces"],
+)
 def test_a_row_in_a_mixed_batch_is_the_row_alone(
-    model: PreTrainedModel, prompts: dict[str, SoftPrompt], store: PromptStore, chunk: int
+    model: PreTrainedModel, store: PromptStore, wanted: list[tuple[list[int], Tensor]], config: EngineConfig
 ) -> None:
     tokenizer = make_tokenizer()
-    asked = [(names, text) for names in CHOICES for text in TEXTS]
-    batcher = Batcher(model, tokenizer, store, EngineConfig(prefill_chunk=chunk, max_rows=9))
+    batcher = Batcher(model, tokenizer, store, config)
     try:
-        answers = ask(batcher, [job(f"job {i}", text, names) for i, (names, text) in enumerate(asked)])
+        answers = ask(batcher, [job(f"job {i}", text, names) for i, (names, text) in enumerate(ASKED)])
     finally:
         batcher.close()
-    for (names, text), answer in zip(asked, answers, strict=True):
-        ids, logprobs = alone(model, tokenizer, [prompts[name] for name in names], text, GREEDY.max_tokens)
+    for (ids, logprobs), answer in zip(wanted, answers, strict=True):
         assert [token.id for token in answer.tokens] == ids
-        for token, wanted in zip(answer.tokens, logprobs, strict=True):
-            assert token.logprob == pytest.approx(float(wanted[token.id]), abs=LOGPROB)
-            best = wanted.topk(2)
+        for token, scores in zip(answer.tokens, logprobs, strict=True):
+            assert token.logprob == pytest.approx(float(scores[token.id]), abs=LOGPROB)
+            best = scores.topk(2)
             assert [other.id for other in token.alternatives] == best.indices.tolist()
             assert [other.logprob for other in token.alternatives] == pytest.approx(best.values.tolist(), abs=LOGPROB)
         assert answer.text == tokenizer.decode(ids, skip_special_tokens=True)
