@@ -15,7 +15,7 @@ from overture.serve.refusal import Refusal, unknown_model
 from overture.serve.requests import Address
 from overture.store import PromptStore, Record
 from overture.store.names import Address as Written
-from overture.store.names import check_name
+from overture.store.names import check_name, check_tenant
 
 __all__ = ["Choice", "Directory", "Served"]
 
@@ -58,11 +58,12 @@ class Directory:
     """
 
     def __init__(self, store: PromptStore, base: BaseModelId, model_name: str, shared: tuple[str, ...] = ()) -> None:
-        self._store, self._base, self._model_name, self._shared = store, base, model_name, shared
+        self._store, self._base, self._model_name = store, base, model_name
+        self._shared = tuple(map(check_tenant, shared))
 
     def listed(self, caller: Caller) -> list[Served]:
         """All that the caller may name: the caller's own prompts, then shared ones; by tenant and name."""
-        records = [r for tenant in self._tenants(caller) for r in self._store.list_prompts(tenant) if self._fits(r)]
+        records = list(filter(self._fits, self._records(caller)))
         names = Counter(r.name for r in records)
         first = {r.name: r.tenant for r in reversed(records)}
 
@@ -103,7 +104,7 @@ class Directory:
             if "/" in text:
                 written = Written.parse(text)
                 assert written.name is not None
-                allowed = caller.tenant is None or written.tenant in self._tenants(caller)
+                allowed = caller.tenant is None or written.tenant in self._tenants(caller.tenant)
                 return self._record(written.tenant, written.name, written.version) if allowed else None
             bare, at, number = text.partition("@")
             if at and not re.fullmatch("[1-9][0-9]{0,8}", number):
@@ -113,7 +114,7 @@ class Directory:
             return None
         if caller.tenant is None:
             return self._only(name, version)
-        owned = (self._record(tenant, name, None) for tenant in self._tenants(caller))
+        owned = (self._record(tenant, name, None) for tenant in self._tenants(caller.tenant))
         owner = next((record for record in owned if record is not None), None)
         return owner if owner is None or version is None else self._record(owner.tenant, name, version)
 
@@ -128,10 +129,14 @@ class Directory:
         except UnknownPromptError:
             return None
 
-    def _tenants(self, caller: Caller) -> list[str]:
+    def _records(self, caller: Caller) -> list[Record]:
         if caller.tenant is None:
-            return self._store.tenants()
-        return [caller.tenant, *(tenant for tenant in self._shared if tenant != caller.tenant)]
+            return self._store.search()
+        return [record for tenant in self._tenants(caller.tenant) for record in self._store.list_prompts(tenant)]
+
+    def _tenants(self, own: str) -> list[str]:
+        """Whose prompts a tenant may use, in the order in which bare names are looked up."""
+        return [own, *(tenant for tenant in self._shared if tenant != own)]
 
     def _fits(self, record: Record) -> bool:
         return (record.base.architecture, record.base.digest) == (self._base.architecture, self._base.digest)

@@ -22,6 +22,7 @@ __all__ = ["HUNG_UP", "Gate", "is_loopback"]
 _log = logging.getLogger("overture.serve")
 _OPEN = ("/health", "/ready", "/openapi.json", "/")
 """Paths that need no key. The playground's are below `/page/`."""
+_METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
 HUNG_UP = 499
 """What logs and metrics show for a client that did not wait."""
 
@@ -98,7 +99,8 @@ class _Visit:
     def route(self) -> str:
         """The route's pattern: a path may name a user."""
         route: Any = self._scope.get("route")
-        return f"{self._scope['method']} {getattr(route, 'path', 'elsewhere')}"
+        method = self._scope["method"] if self._scope["method"] in _METHODS else "OTHER"  # a client may invent some
+        return f"{method} {getattr(route, 'path', 'elsewhere')}"
 
     async def receive(self) -> Message:
         """The next part of the request, unless it is too much or too late."""

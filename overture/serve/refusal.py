@@ -94,7 +94,9 @@ def explained(error: OvertureError, model: str) -> Refusal:
             # What is broken, and where it lies, is the operator's business: `overture store verify` says it.
             message = f"The prompt of the model {model[:200]!r} cannot be used just now. Others can; tell the operator."
             return Refusal(503, message, code="prompt_unavailable", param="model")
-        case DataError() | ConfigError() | UnsupportedModelError():
-            return Refusal(400, str(error))
+        case UnsupportedModelError():  # what it got may say where the model lies
+            return Refusal(400, f"This model cannot do that. Expected {error.expected}.", code="unsupported")
+        case DataError() | ConfigError():
+            return Refusal(400, str(error), code="invalid_request")
         case _:
             return failed()

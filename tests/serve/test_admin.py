@@ -140,6 +140,9 @@ def test_metrics(serve: Serve) -> None:
     ):
         assert line in text.splitlines()
     assert "ada" not in text
+    for method in ("BREW", "WHEN"):
+        live.http("metrics").request(method, "/metrics")
+    assert 'route="OTHER elsewhere"' in live.http("metrics").get("/metrics").text  # strangers invent no labels
     named = serve(tenant_labels=True)
     named.client().completions.create(model="bard", prompt="a b c", max_tokens=2)
     text = named.http("metrics").get("/metrics").text
