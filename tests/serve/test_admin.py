@@ -142,7 +142,9 @@ def test_metrics(serve: Serve) -> None:
     assert "ada" not in text
     for method in ("BREW", "WHEN"):
         live.http("metrics").request(method, "/metrics")
-    assert 'route="OTHER elsewhere"' in live.http("metrics").get("/metrics").text  # strangers invent no labels
+    text = live.http("metrics").get("/metrics").text
+    assert 'route="OTHER /metrics"' in text  # strangers invent no labels
+    assert "BREW" not in text
     named = serve(tenant_labels=True)
     named.client().completions.create(model="bard", prompt="a b c", max_tokens=2)
     text = named.http("metrics").get("/metrics").text
