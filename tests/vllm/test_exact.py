@@ -17,7 +17,7 @@ LONG = "Tell me about the sea and the old ships that sailed on it. " * 9
 
 
 def test_mixed_batch_of_all_methods_equals_transformers(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = [*engine.prompts.references, None]
+    names = [*engine.prompts.tuned, None]
     rows = [(name, text) for name in names for text in (*TEXTS, LONG)]
     expected = engine.prompts.expected(rows, 32)
     preempted: list[Any] = []
@@ -52,7 +52,7 @@ def test_every_method_alone(engine: Any, name: str) -> None:
 @torch.no_grad()
 def test_log_probabilities(engine: Any) -> None:
     """Oracle: log-softmax of transformers' logits. Two fp32 kernels over 6 layers: 1e-4 is 30 times what was seen."""
-    for name in engine.prompts.references:
+    for name in engine.prompts.tuned:
         answer = engine.ask(name, TEXTS[1], max_tokens=12, logprobs=0).outputs[0]
         text = engine.prompts.ids(TEXTS[1])
         with ov.prompts(engine.prompts.model, [engine.prompts.tuned[name]]):

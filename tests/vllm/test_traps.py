@@ -189,6 +189,21 @@ def test_prompts_that_exceed_the_memory_make_room(engine: Any, monkeypatch: pyte
             assert [r.name for r in engine.working._loader._copies] == [r.name for r in residents._ready] == [name]
 
 
+def test_what_is_erased_leaves_the_memory(engine: Any) -> None:
+    """The prompt is refused from then on; published again, it is served again, if not to the first who asks."""
+    prefix = engine.prompts.store.get("ada", "prefix-5").value.map(lambda t: t * 0.8)
+    reference, ids = engine.prompts.publish("brief", prefix), engine.prompts.ids(TEXT)
+    expected = tokens(engine.run([engine.request(reference, ids)])[0])
+    engine.prompts.store.remove("ada", "brief")
+    loader = engine.working._loader
+    loader.sweep()
+    assert reference not in loader._copies
+    assert refused(engine.run([engine.request(reference, ids)])[0])
+    assert refused(engine.run([engine.request(reference, ids)])[0])
+    assert engine.prompts.publish("brief", prefix) == reference
+    assert tokens(engine.run([engine.request(reference, ids)])[0]) == expected
+
+
 def test_recompute_fp8_and_draft_models_are_refused(engine: Any) -> None:
     """Under `recompute` vLLM runs the placeholders as text where a load failed: wrong, and nobody is told."""
     from overture.serve.vllm import limits

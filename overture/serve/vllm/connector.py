@@ -17,7 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from overture.serve.vllm import limits
-from overture.serve.vllm.loading import Layer, Loader, stored_prefix
+from overture.serve.vllm.loading import Layer, Loader, is_stored, stored_prefix
 from overture.serve.vllm.options import Options, open_store
 from overture.serve.vllm.plan import Plan
 from overture.serve.vllm.reference import secret
@@ -159,5 +159,6 @@ def _worker_half(config: VllmConfig, block_size: int, options: Options) -> Worke
         dtype=config.model_config.dtype,
         pin=next(iter(found.values())).kv_cache.device.type == "cuda",
         threads=options.threads,
+        live=lambda reference: is_stored(store, reference),
     )
     return WorkerHalf(loader, [layer for _, layer in sorted(found.items())], block_size)

@@ -43,10 +43,10 @@ def check(config: VllmConfig) -> None:
         (model.is_encoder_decoder, "a decoder", "an encoder-decoder", "use Overture's own server"),
         (model.is_hybrid, "layers that meet in attention alone", "a hybrid model", "use Overture's own server"),
         (
-            speculative is not None and speculative.method != "ngram",
-            "no draft model, which would not have read the prompt",
+            speculative is not None,
+            "no speculation: a draft model would not have read the prompt",
             speculative and repr(speculative.method),
-            "leave --speculative-config out, or use ngram",
+            "leave --speculative-config out",
         ),
         (
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,

@@ -13,12 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from overture.errors import BaseMismatchError, PromptFileError, UnsupportedModelError
+from overture.errors import BaseMismatchError, PromptFileError, StoreError, UnknownPromptError, UnsupportedModelError
 from overture.prompt import KVPrefix
 from overture.serve.vllm.reference import Reference
 from overture.store import PromptStore
 
-__all__ = ["Layer", "Loader", "Share", "stored_prefix"]
+__all__ = ["Layer", "Loader", "Share", "is_stored", "stored_prefix"]
+
+_SWEEP_SECONDS = 10.0
+"""How long what was erased may stay in memory."""
 
 Share = list[tuple[Tensor, Tensor]]
 """What a worker needs of a prompt: for each of its layers keys and values, [P, K, D], in the dtype of the model."""
@@ -62,6 +65,16 @@ def stored_prefix(store: PromptStore, reference: Reference) -> KVPrefix:
     return prompt.value
 
 
+def is_stored(store: PromptStore, reference: Reference) -> bool:
+    """Whether the store has what a reference names. A store that cannot be asked just now says nothing against it."""
+    try:
+        return store.record(reference.tenant, reference.name, reference.version).sha256 == reference.sha256
+    except UnknownPromptError:
+        return False
+    except StoreError:
+        return True
+
+
 class Loader:
     """A worker's copies of prompts.
 
@@ -74,6 +87,8 @@ class Loader:
         dtype: of the model's keys and values.
         pin: keep copies in pinned memory, from which a device copies without waiting.
         threads: prompts to read at once.
+        live: whether a prompt is still what it was; asked in a thread from time to time, so that what was erased from
+            the store leaves the memory, too.
     """
 
     def __init__(
@@ -87,12 +102,15 @@ class Loader:
         dtype: torch.dtype,
         pin: bool = False,
         threads: int = 4,
+        live: Callable[[Reference], bool] = lambda reference: True,
     ) -> None:
         self._fetch, self._layers, self._total = fetch, layers, total
         self._rank, self._world, self._dtype, self._pin = rank, world, dtype, pin
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="overture-load")
         self._copies: dict[Reference, Future[Share]] = {}
         self._lock = threading.Lock()
+        self._live, self._closed = live, threading.Event()
+        threading.Thread(target=self._watch, name="overture-watch", daemon=True).start()
 
     def begin(self, reference: Reference) -> Future[Share]:
         """Load a prompt unless it is here or on its way. A load that failed is tried again."""
@@ -112,9 +130,20 @@ class Loader:
         with self._lock:
             self._copies.pop(reference, None)
 
+    def sweep(self) -> None:
+        """Drop copies of prompts that are not what they were. Who asks for one is refused, and the next loads anew."""
+        for reference in [r for r, copy in list(self._copies.items()) if copy.done()]:
+            if not self._live(reference):
+                self.forget(reference)
+
     def close(self) -> None:
         """Stop the threads."""
+        self._closed.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _watch(self) -> None:
+        while not self._closed.wait(_SWEEP_SECONDS):
+            self.sweep()
 
     def _load(self, reference: Reference) -> Share:
         prefix = self._fetch(reference)

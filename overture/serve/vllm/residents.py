@@ -44,6 +44,12 @@ class Residents:
             self._ready[reference] = None
             self._bytes += reference.length * self._per_token
 
+    def discard(self, reference: Reference) -> None:
+        """Note that a worker turned out not to have it."""
+        if reference in self._ready:
+            del self._ready[reference]
+            self._bytes -= reference.length * self._per_token
+
     def evict(self, busy: set[Reference]) -> tuple[Reference, ...]:
         """Give up what exceeds the budget, but nothing `busy` in this step. Returns what the workers shall forget."""
         gone: list[Reference] = []
@@ -51,7 +57,6 @@ class Residents:
             if self._bytes <= self._budget:
                 break
             if reference not in busy and reference not in self._loading:
-                del self._ready[reference]
-                self._bytes -= reference.length * self._per_token
+                self.discard(reference)
                 gone.append(reference)
         return tuple(gone)

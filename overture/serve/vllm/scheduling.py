@@ -6,6 +6,8 @@ import hmac
 import logging
 from typing import TYPE_CHECKING
 
+from vllm.v1.request import RequestStatus
+
 from overture.errors import ConfigError, OvertureError
 from overture.serve.vllm.plan import Injection, Plan
 from overture.serve.vllm.reference import SECRET, Reference, salt_of
@@ -104,7 +106,11 @@ class SchedulerHalf:
 
     def finished(self, request: Request) -> None:
         """Forget a request. One that is aborted while it waits is still reported by the workers."""
-        self._behind.pop(request.request_id, None)
+        reference = self._behind.pop(request.request_id, None)
+        if request.status == RequestStatus.FINISHED_ERROR and reference is not None and reference in self._residents:
+            # Perhaps a worker does not have the prompt any more. Whoever asks next has it loaded anew.
+            self._residents.discard(reference)
+            self._failed.append(reference)
         if request.request_id not in self._waiting:
             self._blocks.pop(request.request_id, None)
 
