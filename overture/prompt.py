@@ -60,6 +60,9 @@ class KVPrefix:
     values: tuple[Float[Tensor, "_K P _E"], ...]
     parts: tuple[str, ...] | None = None
     """The parts of the model they are for, of `"encoder"`, `"decoder"` and `"cross"`; None for every attention call."""
+    counted: bool = False
+    """True if the text of an encoder-decoder's decoder counts its positions on from this prefix, as PEFT has it; else a
+    prefix there stands at no position. On other models every prefix counts."""
 
     @property
     def length(self) -> int:
@@ -68,7 +71,7 @@ class KVPrefix:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> KVPrefix:
         """The same value with `function` applied to every tensor."""
-        return KVPrefix(tuple(map(function, self.keys)), tuple(map(function, self.values)), self.parts)
+        return KVPrefix(tuple(map(function, self.keys)), tuple(map(function, self.values)), self.parts, self.counted)
 
     def tensors(self) -> dict[str, Tensor]:
         """The value's tensors by name, as a prompt file stores them."""

@@ -5,6 +5,7 @@ Shape suffixes: B rows, H heads, K key/value heads, T text, S keys, P virtual to
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -123,7 +124,7 @@ class _MassRecorder:
         self.mass: dict[int, list[float]] = {}
         self.real = self.counting = None
         if prefix is not None:
-            ones = KVPrefix(prefix.keys, tuple(map(torch.ones_like, prefix.values)), prefix.parts)
+            ones = replace(prefix, values=tuple(map(torch.ones_like, prefix.values)))
             self.real, self.counting = (self._handler(host, p) for p in (prefix, ones))
 
     @staticmethod

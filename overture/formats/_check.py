@@ -25,7 +25,7 @@ FIELDS: dict[str, tuple[type, ...]] = {
 """The entries of the metadata's `json` and their types."""
 LATER_FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
     "2": {"head": (dict,), "parts": (list,)},
-    "3": {"before_specials": (bool,)},
+    "3": {"before_specials": (bool,), "counted": (bool,)},
 }
 """Entries that later schemas added; each may be left out."""
 
@@ -144,6 +144,8 @@ def check_description(
     _check_parts(known.get("parts"), metadata["kind"])
     if known.get("before_specials") and metadata["kind"] != "virtual_tokens":
         raise refusal("an entry 'before_specials' for the kind 'virtual_tokens' only", few(metadata["kind"]))
+    if known.get("counted") and known.get("parts") != ["decoder"]:
+        raise refusal("an entry 'counted' for a prefix of the part 'decoder' only", few(*known.get("parts") or ()))
     return known
 
 

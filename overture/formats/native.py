@@ -161,6 +161,7 @@ def _later(prompt: SoftPrompt) -> dict[str, Any]:
     entries = {
         "head": head and {"labels": head.labels, "task": head.task, "words": head.words},
         "parts": value.parts if isinstance(value, KVPrefix) else None,
+        "counted": (isinstance(value, KVPrefix) and value.counted) or None,
         "before_specials": (isinstance(value, VirtualTokens) and value.before_specials) or None,
     }
     return {name: entry for name, entry in entries.items() if entry is not None}
@@ -208,7 +209,7 @@ def _decode(stream: io.BufferedIOBase, size: int, max_bytes: int) -> SoftPrompt:
     else:
         keys, values = (tuple(t for n, t in tensors.items() if n.startswith(part)) for part in ("keys.", "values."))
         parts = about.get("parts")
-        value = KVPrefix(keys, values, None if parts is None else tuple(parts))
+        value = KVPrefix(keys, values, None if parts is None else tuple(parts), about.get("counted", False))
     prompt = SoftPrompt(
         value=value,
         base=BaseModelId(architecture=base["architecture"], digest=base["digest"], name=base["name"]),

@@ -23,6 +23,7 @@ from overture.dispatch import AttentionFunction
 from overture.errors import UnsupportedModelError
 from overture.runtime import merge
 from overture.runtime.kernels import Mask
+from overture.runtime.moved import Moved
 from overture.runtime.rows import Fold, PrefixRows
 
 __all__ = ["CallOrder", "Path", "PlainAttention", "PrefixAttention"]
@@ -100,6 +101,7 @@ class PrefixAttention:
         path: how prefix and text come together.
         windows: by layer, the sliding window that a prefix drops out of; elsewhere every query sees it.
         positions: of the queries, counted from the beginning of the row's prefix; only windows need them.
+        moved: of a decoder behind an encoder, how far its text stands behind prefixes that count.
     """
 
     def __init__(
@@ -110,12 +112,14 @@ class PrefixAttention:
         path: Path = "auto",
         windows: Mapping[int, int] | None = None,
         positions: Int[Tensor, "#B T"] | None = None,
+        moved: Moved | None = None,
     ) -> None:
         self.rows = rows
         self.order = CallOrder(layers)
         self.path = path
         self.windows = windows or {}
         self.positions = positions
+        self.moved = moved
         self.kept: dict[Any, Any] = {}
 
     def attend(
@@ -156,8 +160,7 @@ class PrefixAttention:
         )
         bias = kwargs.get("position_bias")
         if bias is not None:
-            # A prefix stands at no position relative to the text.
-            kwargs["position_bias"] = pad(bias, (self.rows.longest(layer), 0))
+            kwargs["position_bias"] = self._biased(bias, module, layer)
         return inner(
             module, query, torch.cat([prefix_key, key], 2), torch.cat([prefix_value, value], 2), mask, **kwargs
         )
@@ -190,6 +193,13 @@ class PrefixAttention:
             scale=scale,
         )
         return output.transpose(1, 2).contiguous()
+
+    def _biased(self, bias: Tensor, module: nn.Module, layer: int) -> Tensor:
+        """The bias of positions over prefix and text."""
+        longest = self.rows.longest(layer)
+        if self.moved is None or self.rows.parts[layer] != "decoder":
+            return pad(bias, (longest, 0))  # the prefix stands at no position relative to the text
+        return self.moved.bias(module, bias, longest)
 
     def _chosen(self, stacked: Float[Tensor, "U K P D"], like: Tensor) -> Float[Tensor, "B K P D"]:
         choice = self.rows.choice

@@ -147,7 +147,7 @@ def _check_alike(prompts: Sequence[object], values: Sequence[Value], saved: Sequ
     require(BaseMismatchError, "base model", (f"{p.base.architecture} {p.base.digest[:12]}" for p in saved))
     require(ConfigError, "kind", (type(value).__name__ for value in values))
     require(BaseMismatchError, "shape", (_shape(value) for value in values))
-    require(ConfigError, "place before or behind special tokens", (_place(value) for value in values))
+    require(ConfigError, "place", (_place(value) for value in values))
     require(ConfigError, "template", (repr(p.template.source) if p.template else "no template" for p in saved))
     require(ConfigError, "head", (_head(prompt.head) for prompt in saved))
 
@@ -167,7 +167,9 @@ def _mean_head(heads: Sequence[Head], shares: Sequence[float]) -> Head | None:
 
 
 def _place(value: Value) -> str:
-    return "before" if isinstance(value, VirtualTokens) and value.before_specials else "behind"
+    if isinstance(value, VirtualTokens):
+        return "before special tokens" if value.before_specials else "behind special tokens"
+    return "counted as positions" if value.counted else "at no positions of its own"
 
 
 def _shape(value: Value) -> str:

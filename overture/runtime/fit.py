@@ -50,6 +50,12 @@ def _require_text(spec: ModelSpec) -> None:
 
 
 def _require_parts(spec: ModelSpec, value: KVPrefix) -> None:
+    if value.counted and (spec.first_position is not None or value.parts != ("decoder",)):
+        raise BaseMismatchError(
+            expected=f"a prefix that {spec.base.architecture} can take",
+            got="one that counts as positions of an encoder-decoder's decoder",
+            do="use a prompt tuned for this model",
+        )
     unknown = set(value.parts or ()) - set(spec.parts)
     if unknown or value.parts == ():
         raise BaseMismatchError(

@@ -24,9 +24,10 @@ from overture.errors import ConfigError, ModelInUseError, UnsupportedModelError
 from overture.prompt import KVPrefix, SoftPrompt, Value, VirtualTokens
 from overture.runtime.attention import Path, PlainAttention, PrefixAttention
 from overture.runtime.embedding import TokenRows
+from overture.runtime.moved import Moved, bias_module, position_modules
 from overture.runtime.passes import Pass, check_room, first_axis
 from overture.runtime.rows import PrefixRows, repeats
-from overture.runtime.seam import Seam, after, done, embedded, is_compiled, seam_of
+from overture.runtime.seam import Seam, after, done, embedded, is_compiled, positioned, seam_of
 from overture.spec import ModelSpec, attention_modules, stacks, surrounding, token_embedding, unwrapped
 
 __all__ = ["Host", "Rows", "stands_in_text"]
@@ -81,6 +82,9 @@ class Host:
         self.windows = {i: layer.window for i, layer in enumerate(self.spec.layers) if layer.window is not None}
         # Hosts are kept for as long as their modules live, so they must not keep them alive.
         self._stacks = [weakref.ref(stack) for stack in stacks(model, self.spec.layers)]
+        of_decoder = [m for m, layer in zip(modules, self.spec.layers, strict=False) if layer.part == "decoder"]
+        self._bias = _weakly(bias_module(of_decoder))
+        self._positions = [weakref.ref(table) for table in position_modules(self.stacks[-1])] if of_decoder else []
         self.lock = threading.Lock()
         self.owner: Owner | None = None
         self.rows: Rows | None = None
@@ -91,6 +95,11 @@ class Host:
     def stacks(self) -> list[PreTrainedModel]:
         """The models through which text enters: one, or an encoder and a decoder."""
         return [cast(PreTrainedModel, stack()) for stack in self._stacks]
+
+    @property
+    def positions(self) -> list[nn.Module]:
+        """The modules that embed the positions of an encoder-decoder's decoder."""
+        return [cast(nn.Module, table()) for table in self._positions]
 
     @classmethod
     def of(cls, model: nn.Module) -> Host:
@@ -108,6 +117,10 @@ class Host:
                 if _numbered not in around._forward_pre_hooks.values():
                     around.register_forward_pre_hook(_numbered, with_kwargs=True)
             embedding.overture_seam = host.seam  # type: ignore[assignment]
+            for table in host.positions:
+                table.overture_seam = host.seam  # type: ignore[assignment]
+                if positioned not in table._forward_hooks.values():
+                    table.register_forward_hook(positioned, with_kwargs=True)
             if embedded not in embedding._forward_hooks.values():
                 embedding.register_forward_hook(embedded)
                 # Code that was compiled before the hooks would go on without them.
@@ -146,7 +159,7 @@ class Host:
             yield
         finally:
             self.owner, self.rows, self.first_length = before
-            self.seam.active, self.seam.window = self.rows is not None, None
+            self.seam.active, self.seam.window, self.seam.moved = self.rows is not None, None, None
 
     def before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -166,12 +179,19 @@ class Host:
         if outside or module is self.stacks[0]:
             new |= self._placed(rows, entered, times)
         if rows.prefixes is not None:
+            prefixes = rows.prefixes.repeated(times)
+            moved = None
+            if prefixes.moved is not None and module is self.stacks[-1]:
+                moved = Moved(prefixes.moved, entered.start, None if self._bias is None else self._bias())
+                moved.check(self.spec, entered.length, self.positions)
+            self.seam.moved = moved
             new[dispatch.KEYWORD] = PrefixAttention(
-                rows.prefixes.repeated(times),
+                prefixes,
                 self.layers,
                 path=rows.path,
                 windows=self.windows if rows.in_window else None,
                 positions=first_axis(new.get("position_ids")),
+                moved=moved,
             )
         return (), new
 
@@ -259,6 +279,10 @@ def _numbered(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 def _number(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     host = _HOSTS.get(module)
     return None if host is None else host.numbered(module, args, kwargs)
+
+
+def _weakly(module: nn.Module | None) -> weakref.ref[nn.Module] | None:
+    return None if module is None else weakref.ref(module)
 
 
 def _check_keywords(parameters: Mapping[str, inspect.Parameter]) -> None:

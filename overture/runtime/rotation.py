@@ -44,6 +44,12 @@ def concatenated(prefixes: Sequence[KVPrefix]) -> KVPrefix:
     Raises:
         ConfigError: they are for different parts of the model.
     """
+    if any(prefix.counted for prefix in prefixes):
+        raise ConfigError(
+            expected="prefixes that stand at no position in an encoder-decoder",
+            got="one that counts as positions, as PEFT's do",
+            do="use it alone",
+        )
     parts = dict.fromkeys(prefix.parts for prefix in prefixes)
     if len(parts) > 1:
         raise ConfigError(

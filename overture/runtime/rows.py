@@ -127,6 +127,8 @@ class PrefixRows:
     """Per part, True if every row has a prefix of the same length, so that nothing needs masking."""
     folds: Mapping[str, Fold | None]
     """Per part, the rows grouped by prompt; None if no row has a prefix for it."""
+    moved: tuple[int, ...] | None = None
+    """Per row, how far the text of an encoder-decoder's decoder stands behind its prefix; None if no row's does."""
 
     @classmethod
     def stack(
@@ -144,6 +146,7 @@ class PrefixRows:
         tensors = [_spread(prefix, layers, like=distinct[0].keys[0]) for prefix in covered]
         parts = tuple(layer.part for layer in layers)
         lengths = {part: [_length(row, part) for row in rows] for part in dict.fromkeys(parts)}
+        moved = tuple(_length(row, "decoder") if row is not None and row.counted else 0 for row in rows)
         choice = [nothing if row is None else place[id(row)] for row in rows]
         return cls(
             keys=tuple(map(_stack, zip(*(keys for keys, _ in tensors), strict=True))),
@@ -153,6 +156,7 @@ class PrefixRows:
             lengths={part: torch.tensor(found, device=device) for part, found in lengths.items()},
             uniform={part: len(set(found)) == 1 for part, found in lengths.items()},
             folds={part: Fold.of(choice, found, device) for part, found in lengths.items()},
+            moved=moved if "decoder" in parts and any(moved) else None,
         )
 
     def longest(self, layer: int) -> int:
@@ -165,7 +169,8 @@ class PrefixRows:
             return self
         lengths = {part: found.repeat_interleave(times) for part, found in self.lengths.items()}
         folds = {part: None if fold is None else fold.repeated(times) for part, fold in self.folds.items()}
-        return replace(self, choice=self.choice.repeat_interleave(times), lengths=lengths, folds=folds)
+        moved = self.moved and tuple(offset for offset in self.moved for _ in range(times))
+        return replace(self, choice=self.choice.repeat_interleave(times), lengths=lengths, folds=folds, moved=moved)
 
     def fold(self, layer: int) -> Fold | None:
         """The rows grouped by prompt; None if no row has a prefix for the layer's part."""

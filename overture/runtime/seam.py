@@ -13,8 +13,9 @@ from torch._dynamo import OptimizedModule
 
 from overture.errors import UnsupportedModelError
 from overture.runtime.embedding import TokenRows
+from overture.runtime.moved import Moved
 
-__all__ = ["Seam", "after", "done", "embedded", "is_compiled", "seam_of"]
+__all__ = ["Seam", "after", "done", "embedded", "is_compiled", "positioned", "seam_of"]
 
 
 @dataclass(slots=True, eq=False)
@@ -27,6 +28,8 @@ class Seam:
     """What the embedding of this forward pass writes over its input."""
     written: bool = False
     """True once it did."""
+    moved: Moved | None = None
+    """How far the text of this forward pass stands behind its prefixes, where the model takes no positions."""
 
     def expect(self, window: TokenRows | None) -> None:
         """Let the embedding of the next forward pass write `window`."""
@@ -53,6 +56,8 @@ def after(module: nn.Module, args: Any, output: Any) -> None:
     """After every pass, also one that failed: what was meant for its embedding is not for the next one's."""
     if seam_of(module).window is not None:
         seam_of(module).window = None
+    if seam_of(module).moved is not None:
+        seam_of(module).moved = None
 
 
 def embedded(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
@@ -62,6 +67,12 @@ def embedded(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         return None
     seam_of(module).written = True
     return window.write(output)
+
+
+def positioned(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
+    """After positions were embedded: move those of this pass."""
+    moved = seam_of(module).moved
+    return None if moved is None else moved.embedded(module, args, kwargs, output)
 
 
 def is_compiled(module: nn.Module) -> bool:

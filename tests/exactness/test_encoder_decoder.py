@@ -34,9 +34,9 @@ from overture.methods import DeepPrompt, PrefixTuning, PromptTuning
 from overture.prompt import KVPrefix, SoftPrompt, VirtualTokens
 from overture.runtime.compile import Frozen, compile_prefixes
 from overture.runtime.encode import Encoded
+from overture.runtime.fold import fold
 from overture.runtime.prompts import prompts
 from overture.spec import ModelSpec, attention_modules
-from overture.tuning.api import fold
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-9}
 PARTS = ("encoder", "decoder", "cross")

@@ -19,9 +19,9 @@ from overture.errors import BaseMismatchError
 from overture.methods import DeepPrompt, PrefixTuning, PromptTuning
 from overture.prompt import SoftPrompt, VirtualTokens
 from overture.runtime.compile import Frozen, compile_prefixes
+from overture.runtime.fold import fold
 from overture.runtime.prompts import prompts
 from overture.spec import ModelSpec, execution_device, token_embedding
-from overture.tuning.api import fold
 
 WORDS = torch.tensor([7, 50, 12, 33, 8])
 

@@ -69,6 +69,11 @@ def golden_prompts() -> dict[str, SoftPrompt]:
             value=KVPrefix((_ramp(1, 2, 3),), (_ramp(1, 2, 2),), parts=("encoder", "cross")),
             base=BASE,
         ),
+        "golden_schema_3_counted": SoftPrompt(
+            value=KVPrefix((_ramp(1, 2, 3),), (_ramp(1, 2, 3) + 1,), parts=("decoder",), counted=True),
+            base=BASE,
+            method={"name": "peft"},
+        ),
         "golden_schema_3_before": SoftPrompt(
             value=VirtualTokens(_ramp(2, 3), before_specials=True),
             base=BASE,

@@ -361,6 +361,23 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
         forge(description=about(before_specials=1), schema="3"),
         "bool as 'before_specials' in 'json'; got int",
     ),
+    "counted text": (
+        forge(kv([f32(1, 2, 1)], [f32(1, 2, 1)]), about(counted="yes"), schema="3", kind="kv_prefix"),
+        "bool as 'counted' in 'json'; got str",
+    ),
+    "counted without a part": (
+        forge(kv([f32(1, 2, 1)], [f32(1, 2, 1)]), about(counted=True), schema="3", kind="kv_prefix"),
+        "'counted' for a prefix of the part 'decoder' only",
+    ),
+    "counted in two parts": (
+        forge(
+            kv([f32(1, 2, 1)], [f32(1, 2, 1)]),
+            about(counted=True, parts=["decoder", "cross"]),
+            schema="3",
+            kind="kv_prefix",
+        ),
+        "'counted' for a prefix of the part 'decoder' only; got 'decoder', 'cross'",
+    ),
     "before_specials of a prefix": (
         forge(kv([f32(1, 2, 1)], [f32(1, 2, 1)]), about(before_specials=True), schema="3", kind="kv_prefix"),
         "'before_specials' for the kind 'virtual_tokens' only",

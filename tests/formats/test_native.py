@@ -47,7 +47,7 @@ def assert_same(left: SoftPrompt, right: SoftPrompt) -> None:
     assert left.base == right.base
     assert left.template == right.template
     assert (left.name, left.method, left.metrics) == (right.name, right.method, right.metrics)
-    for name in ("parts", "before_specials"):
+    for name in ("parts", "before_specials", "counted"):
         assert getattr(left.value, name, None) == getattr(right.value, name, None)
     assert (left.head is None) == (right.head is None)
     if left.head is not None and right.head is not None:
@@ -121,6 +121,8 @@ def test_a_reader_written_from_the_document_reads_the_same(name: str, golden_pro
     schema = "2" if later else "1"
     if getattr(prompt.value, "before_specials", False):
         later["before_specials"], schema = True, "3"
+    if getattr(prompt.value, "counted", False):
+        later["counted"], schema = True, "3"
     assert metadata["schema"] == schema == (name[14] if "schema" in name else "1")
     assert metadata["kind"] == ("virtual_tokens" if isinstance(prompt.value, VirtualTokens) else "kv_prefix")
     assert (

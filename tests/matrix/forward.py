@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from overture.methods import DeepPrompt, PrefixTuning, PromptTuning, PTuning
 from overture.runtime.compile import Frozen
+from overture.runtime.fold import fold
 from overture.runtime.prompts import prompts
-from overture.tuning.api import fold
 from tests.matrix.bench import Bench, Row
 from tests.matrix.feature import DECODERS, ONE_STACK, Group, Measure
 

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Generator, Tensor
 
 import overture as ov
-from overture.errors import BaseMismatchError, ConfigError, OvertureError, PromptFileError, UnsupportedModelError
+from overture.errors import BaseMismatchError, ConfigError, OvertureError, PromptFileError
 from overture.formats import peft
 from overture.prompt import Head, KVPrefix, SoftPrompt, VirtualTokens
 from tests.peft.adapters import saved
@@ -30,7 +30,7 @@ CASES = [
     *[(family, "SEQ_CLS", kind) for family in ("llama", "gpt2", *ENCODERS) for kind in ("prefix", "tokens")],
     *[("bert", "TOKEN_CLS", kind) for kind in ("prefix", "tokens")],
     *[("bert", "FEATURE_EXTRACTION", kind) for kind in ("prefix", "tokens")],
-    *[(family, "SEQ_2_SEQ_LM", "tokens") for family in ("t5", "bart")],
+    *[(family, "SEQ_2_SEQ_LM", kind) for family in ("t5", "bart") for kind in ("prefix", "tokens")],
 ]
 
 
@@ -46,6 +46,8 @@ def make(model: Any, task: str, kind: str) -> SoftPrompt:
         keys = tuple(random(at.kv_heads, P, at.key_dim, seed=2 * i) for i, at in enumerate(spec.layers))
         values = tuple(random(at.kv_heads, P, at.value_dim, seed=2 * i + 1) for i, at in enumerate(spec.layers))
         value = KVPrefix(keys, values)
+        if spec.parts != ("self",):
+            value = KVPrefix(keys[:3], values[:3], ("decoder",), counted=True)
     head = None
     if task in ("SEQ_CLS", "TOKEN_CLS"):
         inside = {id(p) for p in model.base_model.parameters()}
@@ -87,6 +89,17 @@ def test_from_peft_to_overture_and_back_changes_no_bit(kind: str, tmp_path: Path
             tensors.append({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - no mapping
     assert tensors[0].keys() == tensors[1].keys()
     assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+
+
+def test_an_imported_prefix_of_an_even_number_of_layers_goes_back(tmp_path: Path) -> None:
+    """PEFT never looked at half of it; that half comes back as zeros."""
+    case, two = ("bart", "SEQ_2_SEQ_LM"), {"encoder_layers": 2, "decoder_layers": 2}
+    model = build(*case, **two)
+    folder = saved(tmp_path / "poet", *case, "prefix", **two)
+    peft.save(peft.load(folder, model), tmp_path / "back", model)
+    rows = (theirs(loaded(place, *case, **two), *case, TEXTS) for place in (folder, tmp_path / "back"))
+    for got, wanted in zip(*rows, strict=True):
+        assert torch.equal(got, wanted)
 
 
 def test_equal_prompts_give_equal_bytes(tmp_path: Path) -> None:
@@ -157,6 +170,16 @@ def _elsewhere(prompt: SoftPrompt) -> SoftPrompt:
     return replace(prompt, head=replace(prompt.head, tensors={"head.dense.weight": torch.ones(3, 32)}))
 
 
+def _encoding(prompt: SoftPrompt) -> SoftPrompt:
+    return replace(prompt, value=replace(prompt.value, parts=("encoder",), counted=False))
+
+
+def _even(prompt: SoftPrompt) -> SoftPrompt:
+    prefix = prompt.value
+    assert isinstance(prefix, KVPrefix)
+    return replace(prompt, value=replace(prefix, keys=prefix.keys[:2], values=prefix.values[:2]))
+
+
 REFUSALS: dict[str, tuple[str, str, str, Any, type[OvertureError], str]] = {
     "layers of several shapes": ("llama", "CAUSAL_LM", "prefix", _uneven, ConfigError, "one shape in every layer"),
     "tokens inside the text": ("llama", "CAUSAL_LM", "tokens", _within, ConfigError, "in front of the text"),
@@ -164,7 +187,22 @@ REFUSALS: dict[str, tuple[str, str, str, Any, type[OvertureError], str]] = {
     "label words": ("bert", "SEQ_CLS", "tokens", _words, ConfigError, "labels that words of the vocabulary"),
     "a head of other modules": ("bert", "SEQ_CLS", "tokens", _elsewhere, ConfigError, "head.dense.weight"),
     "NaN": ("llama", "CAUSAL_LM", "tokens", _nan, PromptFileError, "NaN or infinity"),
-    "a prefix of an encoder-decoder": ("t5", "SEQ_2_SEQ_LM", "prefix", lambda p: p, UnsupportedModelError, "mixes up"),
+    "a prefix of an encoder": (
+        "t5",
+        "SEQ_2_SEQ_LM",
+        "prefix",
+        _encoding,
+        ConfigError,
+        "encoder.*stands at no position",
+    ),
+    "more layers than PEFT hands out": (
+        "t5",
+        "SEQ_2_SEQ_LM",
+        "prefix",
+        _even,
+        ConfigError,
+        "layers 0 and 1, which differ",
+    ),
 }
 
 

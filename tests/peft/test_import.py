@@ -29,6 +29,7 @@ CASES = [
     ("bert", "FEATURE_EXTRACTION", "prompt"),
     *[("t5", "SEQ_2_SEQ_LM", kind) for kind in ("prompt", "p-tuning-mlp", "p-tuning-lstm")],
     ("bart", "SEQ_2_SEQ_LM", "prompt"),
+    *[(family, "SEQ_2_SEQ_LM", kind) for family in ("t5", "bart") for kind in ("prefix", "cartridge")],
 ]
 
 

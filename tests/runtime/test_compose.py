@@ -75,6 +75,14 @@ def _before(before=True):
     return VirtualTokens(torch.ones(2, 16), before_specials=before)
 
 
+def _counted(counted=True):
+    return KVPrefix((torch.ones(1, 2, 3),), (torch.ones(1, 2, 3),), ("decoder",), counted)
+
+
+def test_average_of_prefixes_that_count():
+    assert average([_counted(), _counted()]).counted
+
+
 def test_average_of_virtual_tokens_before_special_ones():
     assert average([_before(), _before()]).before_specials
 
@@ -98,7 +106,18 @@ def test_average_carries_gradient():
         ([_tokens(2), _tokens(2).value], None, ConfigError, "kind; got SoftPrompt and VirtualTokens"),
         ([_prefix(2), _prefix(2, layers=3)], None, BaseMismatchError, "one shape; got 4 x"),
         ([_tokens(2), replace(_tokens(2), base=BaseModelId("llama", "1" * 64))], None, BaseMismatchError, "base model"),
-        ([_before(), _before(False)], None, ConfigError, "before or behind special tokens; got before and behind"),
+        (
+            [_counted(), _counted(False)],
+            None,
+            ConfigError,
+            "one place; got counted as positions and at no positions",
+        ),
+        (
+            [_before(), _before(False)],
+            None,
+            ConfigError,
+            "one place; got before special tokens and behind special tokens",
+        ),
         ([_tokens(2), _tokens(2, "[V2]{text}")], None, ConfigError, "template; got no template and '.V2.{text}'"),
     ],
 )

@@ -16,13 +16,13 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from overture.errors import BaseMismatchError, ConfigError, OvertureError, PromptFileError, UnsupportedModelError
+from overture.errors import BaseMismatchError, ConfigError, OvertureError, PromptFileError
 from overture.files import write_atomically
 from overture.formats._json import canonical
 from overture.formats._layout import Entry, header_bytes, raw
 from overture.formats._refusal import refusal
 from overture.formats.peft.adapter import TASKS
-from overture.formats.peft.load import DIGEST, LABELS
+from overture.formats.peft.load import DIGEST, LABELS, decoder_layers
 from overture.formats.peft.places import CONFIG, WEIGHTS
 from overture.prompt import Head, KVPrefix, SoftPrompt, VirtualTokens
 from overture.spec import ModelSpec, task_of, unwrapped
@@ -54,7 +54,6 @@ def save(
     Raises:
         BaseMismatchError: another base model, or one for another task than the prompt's head.
         ConfigError: PEFT has no place for something in the prompt; the error names it.
-        UnsupportedModelError: PEFT has no place for a prompt of this model.
         PromptFileError: NaN in the prompt, or a folder that cannot be written.
     """
     model = unwrapped(model)
@@ -136,11 +135,12 @@ def _tokens(value: VirtualTokens, submodules: int) -> tuple[dict[str, Any], Tens
 
 
 def _prefix(value: KVPrefix, spec: ModelSpec) -> tuple[dict[str, Any], Tensor]:
-    if spec.parts != ("self",):
-        raise UnsupportedModelError(
-            expected="a prefix for an encoder or a decoder",
-            got=f"a prefix for {spec.base.architecture}, an encoder-decoder, where PEFT mixes up the layers",
-            do="tune virtual tokens for PEFT instead: --method prompt or --method p-tuning",
+    half = spec.parts != ("self",)
+    if half and not value.counted:
+        raise _refused(
+            "a prefix of an encoder-decoder that came from PEFT, whose text counts its positions on from it",
+            f"one for {'+'.join(value.parts or spec.parts)}, which stands at no position",
+            "tune virtual tokens for PEFT instead: --method prompt or --method p-tuning",
         )
     shapes = {(part.shape[0], part.shape[2]) for part in (*value.keys, *value.values)}
     if len(shapes) > 1:
@@ -151,12 +151,25 @@ def _prefix(value: KVPrefix, spec: ModelSpec) -> tuple[dict[str, Any], Tensor]:
         "encoder_hidden_size": heads * size,
         "num_attention_heads": heads,
         "num_layers": len(value.keys),
-        "num_transformer_submodules": 1,
+        "num_transformer_submodules": 2 if half else 1,
         "peft_type": "PREFIX_TUNING",
         "prefix_projection": False,
         "token_dim": heads * size,
     }
-    return config, _joined(value)
+    return config, _joined(_stored(value) if half else value)
+
+
+def _stored(value: KVPrefix) -> KVPrefix:
+    """The decoder's layers where PEFT looks for them (`decoder_layers`); zeros where it never looks."""
+    used = decoder_layers(len(value.keys))
+    keys, values = ([torch.zeros_like(each) for each in part] for part in (value.keys, value.values))
+    for layer, at in enumerate(used):
+        for part, own in ((keys, value.keys), (values, value.values)):
+            if used.index(at) < layer and not torch.equal(part[at], own[layer]):
+                got = f"layers {used.index(at)} and {layer}, which differ and would share one"
+                raise _refused("a prefix of an encoder-decoder as PEFT hands it out", got)
+            part[at] = own[layer]
+    return KVPrefix(tuple(keys), tuple(values))
 
 
 def _joined(value: KVPrefix) -> Float[Tensor, "P _C"]:

@@ -18,7 +18,7 @@ from overture.formats.peft.adapter import PREFIXES, TASKS, Adapter, read
 from overture.prompt import Head, KVPrefix, SoftPrompt, VirtualTokens
 from overture.spec import ModelSpec, backbone, task_of, unwrapped
 
-__all__ = ["DIGEST", "LABELS", "load"]
+__all__ = ["DIGEST", "LABELS", "decoder_layers", "load"]
 
 DIGEST = "overture.base.digest"
 """Metadata of the tensors' file, which PEFT passes over: the digest of the base model that Overture exported it for."""
@@ -129,13 +129,10 @@ def _task(task_id: int | None, count: int) -> int:
 
 def _prefix(adapter: Adapter, spec: ModelSpec) -> KVPrefix:
     spec.require_prefix()
-    if spec.parts != ("self",):
-        raise UnsupportedModelError(
-            expected="a prefix for an encoder or a decoder",
-            got=f"a prefix for {spec.base.architecture}, an encoder-decoder",
-            do="tune a prefix for it with `overture tune --method prefix`; PEFT's virtual tokens can be imported",
-        )
-    wanted = [(layer.kv_heads, layer.key_dim, layer.value_dim) for layer in spec.layers]
+    half = adapter.submodules == 2
+    if half == (spec.parts == ("self",)):
+        raise _mismatch("one prefix per attention call", f"num_transformer_submodules {adapter.submodules}")
+    wanted = [(at.kv_heads, at.key_dim, at.value_dim) for at in spec.layers if at.part in ("self", "decoder")]
     heads, width = (adapter.config.get(key) for key in ("num_attention_heads", "token_dim"))
     if type(heads) is not int or type(width) is not int or heads < 1 or width < heads:
         raise _mismatch("num_attention_heads and token_dim in the adapter's config", f"{heads!r} and {width!r}")
@@ -147,7 +144,21 @@ def _prefix(adapter: Adapter, spec: ModelSpec) -> KVPrefix:
             f"keys and values for {len(wanted)} layers of (heads, key size, value size) {shown}",
             f"{columns} numbers per virtual token: {layers} layers of {(heads, size, size)}",
         )
-    return _split(adapter.embeddings, layers, heads)
+    prefix = _split(adapter.embeddings, layers, heads)
+    if not half:
+        return prefix
+    used = decoder_layers(layers)
+    keys, values = (tuple(part[i].clone() for i in used) for part in (prefix.keys, prefix.values))
+    return KVPrefix(keys, values, ("decoder",), counted=True)
+
+
+def decoder_layers(layers: int) -> list[int]:
+    """Of an encoder-decoder, the stored layer that PEFT gives to each layer of the decoder.
+
+    PEFT lines up all keys and values twice, for decoder and cross-attention, hands out four at a time, and drops the
+    third and the fourth: every second layer is used, and behind the last the first again.
+    """
+    return [2 * layer % layers for layer in range(layers)]
 
 
 def _split(flat: Float[Tensor, "P _C"], layers: int, heads: int) -> KVPrefix:
