@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from contextlib import ExitStack
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -53,11 +53,17 @@ def serve(
     upload_mb: Annotated[int, typer.Option(help="Largest prompt file to upload, in megabytes.", min=1)] = 256,
     memory_mb: Annotated[int, typer.Option(help="Prompts to keep in host memory, in megabytes.", min=1)] = 1024,
     tenant_labels: Annotated[bool, typer.Option("--tenant-labels", help="Name tenants in /metrics.")] = False,
+    engine: Annotated[
+        Literal["overture", "vllm"], typer.Option(help="What writes answers: Overture itself, or vLLM (docs/vllm.md).")
+    ] = "overture",
+    vllm: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ARGUMENT", help="For --engine vllm: an argument of `vllm serve`; repeatable."),
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Serve a base model and the prompts of a store to clients of OpenAI's API."""
-    _check_libraries()
-    from overture.serve.config import ServeConfig
+    _check_libraries(engine)
     from overture.serve.gate import is_loopback
 
     if no_auth and not is_loopback(host):
@@ -66,6 +72,8 @@ def serve(
             got=repr(host),
             do="leave out --no-auth, and make keys with `overture keys add`",
         )
+    from overture.serve.config import ServeConfig
+
     config = ServeConfig(
         model_name=name or model.rstrip("/").rpartition("/")[2],
         shared=tuple(shared or ()),
@@ -78,6 +86,13 @@ def serve(
         tenant_labels=tenant_labels,
     )
     ui = Ui(quiet=quiet)
+    if engine == "vllm":
+        from overture.cli._serve_vllm import serve_vllm
+
+        place = (host, port)
+        ring_file = None if no_auth else keys_file(store, keys)
+        serve_vllm(ui, config, model, store, blobs, place, keys=ring_file, rows=rows, memory=memory_mb << 20, more=vllm)
+        return
     with ExitStack() as stack:
         from overture.serve import running
         from overture.serve.keys import KeyRing
@@ -91,8 +106,8 @@ def serve(
         ring = None if no_auth else KeyRing(keys_file(store, keys))
         if ring is not None:
             stack.callback(ring.close)
-        app, engine = _built(ui, model, opened, ring, config, rows)
-        stack.callback(engine.close, drain=0.0)
+        app, batcher = _built(ui, model, opened, ring, config, rows)
+        stack.callback(batcher.close, drain=0.0)
         _log(quiet)
         place = listening.getsockname()
         url = f"http://{f'[{place[0]}]' if ':' in place[0] else place[0]}:{place[1]}"
@@ -156,9 +171,10 @@ def _log(quiet: bool) -> None:
     logging.getLogger("overture.serve").setLevel(logging.WARNING if quiet else logging.INFO)
 
 
-def _check_libraries() -> None:
-    missing = [name for name in _LIBRARIES if find_spec(name) is None]
+def _check_libraries(engine: str) -> None:
+    needed, extra = (("vllm",), "vllm") if engine == "vllm" else (_LIBRARIES, "serve")
+    missing = [name for name in needed if find_spec(name) is None]
     if missing:
         raise ConfigError(
-            expected="the libraries of a server", got=f"no {', '.join(missing)}", do="pip install 'overture[serve]'"
+            expected="the libraries of a server", got=f"no {', '.join(missing)}", do=f"pip install 'overture[{extra}]'"
         )

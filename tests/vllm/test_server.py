@@ -1,4 +1,4 @@
-"""vLLM's own server with keys and prompts by name, on two workers that divide the heads (tensor parallelism)."""
+"""`overture serve --engine vllm` with keys and prompts by name, on two workers that divide the heads between them."""
 
 from __future__ import annotations
 
@@ -22,8 +22,6 @@ from overture.serve.vllm.reference import SECRET
 
 pytest.importorskip("vllm", reason="vLLM has an environment of its own: `make test-vllm`")
 
-HERE = Path(__file__).parent
-TINY = HERE.parent.parent / "overture" / "models" / "tiny"
 TEXT = "Hello, how are you today?"
 ALL = ["prefix-5", "prefix-64", "other-64", "deep-33", "tokens-20", "tokens-32", "tokens-100"]
 
@@ -36,9 +34,8 @@ class Server:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        arguments = ["--served-model-name", "tiny", "--dtype", "float32", "--enforce-eager", "--block-size", "32"]
-        arguments += ["--max-num-seqs", "16", "--host", "127.0.0.1", "--port", str(port), "--tensor-parallel-size", "2"]
-        arguments += ["--enable-log-requests", "--max-model-len", "512", "--generation-config", "vllm"]
+        own = ["--dtype=float32", "--enforce-eager", "--block-size=32", "--tensor-parallel-size=2"]
+        own += ["--enable-log-requests", "--max-model-len=512", "--generation-config=vllm"]
         environment = os.environ | {
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -46,7 +43,8 @@ class Server:
             "VLLM_LOGGING_LEVEL": "DEBUG",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
         }
-        command = [sys.executable, HERE / "serving.py", TINY, json.dumps({"store": str(prompts.place)}), *arguments]
+        command = [sys.executable, "-m", "overture.cli", "serve", "--engine", "vllm", "--store", str(prompts.place)]
+        command += ["--port", str(port), "--rows", "16", *(f"--vllm={argument}" for argument in own)]
         with log.open("wb") as out:
             self.process = subprocess.Popen(
                 command, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True

@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -215,12 +216,28 @@ def test_recompute_fp8_and_draft_models_are_refused(engine: Any) -> None:
         ("kv_transfer_config", "kv_role", "kv_both"),
         ("cache_config", "cache_dtype", "fp8"),
         ("parallel_config", "decode_context_parallel_size", 2),
+        ("model_config", "hf_text_config", SimpleNamespace(rope_parameters={"rope_type": "longrope"})),
     ):
         other, changed = copy.copy(config), copy.copy(getattr(config, part))
         object.__setattr__(changed, option, value)
         object.__setattr__(other, part, changed)
         with pytest.raises(UnsupportedModelError):
             limits.check(other)
+
+
+def test_layers_that_would_drop_a_prompt_are_refused() -> None:
+    """A window, another layer's cache, a backend that cannot be written to."""
+    from overture.serve.vllm import limits
+
+    writable = SimpleNamespace(do_kv_cache_update=print)
+    limits.check_layers([SimpleNamespace(sliding_window=None, impl=writable)])
+    for bad in (
+        SimpleNamespace(sliding_window=4096, impl=writable),
+        SimpleNamespace(sliding_window=None, impl=writable, kv_sharing_target_layer_name="model.layers.3"),
+        SimpleNamespace(sliding_window=None, impl=SimpleNamespace()),
+    ):
+        with pytest.raises(UnsupportedModelError):
+            limits.check_layers([bad])
 
 
 def test_a_short_secret_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

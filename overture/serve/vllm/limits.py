@@ -41,6 +41,12 @@ def check(config: VllmConfig) -> None:
         ),
         (model.use_mla, "ordinary keys and values", "multi-head latent attention", "serve another model"),
         (model.is_encoder_decoder, "a decoder", "an encoder-decoder", "use Overture's own server"),
+        (
+            bool(_rotations(model.hf_text_config) & {"dynamic", "longrope"}),
+            "keys that keep their angles however long the text is",
+            "a rotary embedding that changes with it",
+            "use Overture's own server",
+        ),
         (model.is_hybrid, "layers that meet in attention alone", "a hybrid model", "use Overture's own server"),
         (
             speculative is not None,
@@ -89,3 +95,10 @@ def _windowed(got: str) -> UnsupportedModelError:
         got=got,
         do="use Overture's own server: behind a sliding window vLLM would drop a prompt after a while",
     )
+
+
+def _rotations(config: Any) -> set[str]:
+    """Kinds of rotary embedding, of all layers or of each kind of layers."""
+    found = getattr(config, "rope_parameters", None) or {}
+    each = [found, *(kind for kind in found.values() if isinstance(kind, dict))]
+    return {kind.get("rope_type", "default") for kind in each}
