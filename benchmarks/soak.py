@@ -320,7 +320,7 @@ def main() -> int:
             try:
                 assert process.stdout is not None
                 line = process.stdout.readline()
-                url = re.search(r"http://\S+", line)
+                url = re.search(r"http://[^\s:]+:\d+", line)
                 if url is None:
                     log.seek(0)
                     raise SystemExit(log.read())

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp
 
 from overture.errors import ConfigError
 
-__all__ = ["make_server", "opened", "run"]
+__all__ = ["bound", "make_server", "run", "url_of"]
 
 _KEEP_ALIVE_SECONDS = 30
 """How long an idle connection stays open, so that clients need not connect for every request."""
@@ -33,8 +33,8 @@ def make_server(app: ASGIApp, *, drain: float) -> uvicorn.Server:
     )
 
 
-def opened(host: str, port: int) -> socket.socket:
-    """A socket that listens; with port 0 at any free port.
+def bound(host: str, port: int) -> socket.socket:
+    """A socket at an address, which does not listen yet: who connects too early is refused and does not hang.
 
     Raises:
         ConfigError: the address is taken, or none of this machine's.
@@ -44,7 +44,6 @@ def opened(host: str, port: int) -> socket.socket:
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
-        listening.listen(2048)
     except OSError as error:
         listening.close()
         raise ConfigError(
@@ -55,12 +54,18 @@ def opened(host: str, port: int) -> socket.socket:
     return listening
 
 
+def url_of(listening: socket.socket) -> str:
+    """Where a socket's server is found."""
+    host, port = listening.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
 def run(app: ASGIApp, listening: socket.socket, *, drain: float, started: Callable[[], None]) -> None:
     """Serve until SIGINT or SIGTERM; a second SIGINT does not wait.
 
     Args:
         app: what answers.
-        listening: where.
+        listening: where; port 0 was any that is free.
         drain: seconds for answers under way.
         started: called before the first request is taken.
     """

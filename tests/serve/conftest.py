@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from overture.prompt import SoftPrompt, VirtualTokens
 from overture.serve.app import create_app
 from overture.serve.config import ServeConfig
 from overture.serve.keys import KeyRing, Role
-from overture.serve.running import make_server, opened
+from overture.serve.running import bound, make_server, url_of
 from overture.store import PromptStore
 from tests.serve.toy import BASE, VOCAB, Toy
 
@@ -71,12 +72,14 @@ Serve = Callable[..., Live]
 @contextmanager
 def listening(app: ASGIApp) -> Iterator[tuple[str, uvicorn.Server]]:
     """Run an application in a thread; gives its URL, and the server to stop."""
-    place = opened("127.0.0.1", 0)
+    place = bound("127.0.0.1", 0)
     server = make_server(app, drain=1.0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [place]})
     thread.start()
     try:
-        yield f"http://127.0.0.1:{place.getsockname()[1]}", server
+        while not server.started:
+            time.sleep(0.005)
+        yield url_of(place), server
     finally:
         server.should_exit = True
         thread.join(10)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -33,7 +34,7 @@ def serving(store: Path, *words: str) -> Iterator[tuple[subprocess.Popen[str], s
         try:
             assert process.stdout is not None
             line = process.stdout.readline()
-            found = re.search(r"http://\S+", line)
+            found = re.search(r"http://[^\s:]+:\d+", line)
             assert found is not None, line + (process.stderr.read() if process.stderr else "")
             yield process, found[0]
         finally:
@@ -147,11 +148,15 @@ def test_without_its_libraries_it_says_how_to_get_them(
 
 def test_a_taken_port(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Found before the model is loaded."""
-    from overture.serve.running import opened
-
-    with opened("127.0.0.1", 0) as taken:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
         assert main(["serve", "--store", str(tmp_path / "s"), "--port", str(taken.getsockname()[1])]) == 2
     assert "is free" in capsys.readouterr().err
+
+
+def test_a_device_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for device in ("cuda:99", "nonsense"):
+        assert main(["serve", "--store", str(tmp_path / "s"), "--port", "0", "--no-auth", "--device", device]) == 2
+        assert "--device cpu" in capsys.readouterr().err
 
 
 def test_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

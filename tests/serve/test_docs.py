@@ -26,7 +26,7 @@ def options(*words: str) -> dict[str, Any]:
 
 def test_limits_are_those_of_the_command() -> None:
     rows = re.findall(r"^\| `(--[a-z-]+)` \| (\d+) \|", PAGE, re.MULTILINE)
-    assert len(rows) == 8
+    assert len(rows) == 9
     found = options("serve")
     assert [(name, float(default)) for name, default in rows] == [(name, float(found[name])) for name, _ in rows]
     for name in ("requests_per_minute", "concurrency", "queue", "answer_seconds", "drain_seconds"):

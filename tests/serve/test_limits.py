@@ -16,6 +16,7 @@ from overture.serve.config import ServeConfig
 from overture.serve.limits import Limits
 from overture.serve.refusal import Refusal
 from tests.serve.conftest import Live, Serve
+from tests.serve.toy import Toy
 
 CHAT = {"model": "bard", "messages": [{"role": "user", "content": "a"}]}
 
@@ -143,6 +144,17 @@ def test_an_answer_that_takes_too_long(serve: Serve) -> None:
         list(stream)
     assert eventually(lambda: len(live.toy.cancelled) == 2)
     assert answers(live) == 0
+
+
+def test_a_client_that_does_not_read(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Words too large for the buffers between server and client, and nobody who takes them."""
+    monkeypatch.setattr("overture.serve.routes.writing._SLOW_READER_SECONDS", 0.3)
+    monkeypatch.setattr(Toy, "word", staticmethod(lambda job, number: "x" * (1 << 20)))
+    live = serve(pace=0.05)
+    connection = raw(live, json.dumps(CHAT | {"stream": True, "max_tokens": 40}).encode())
+    assert eventually(lambda: len(live.toy.cancelled) == 1)
+    assert answers(live) == 0
+    connection.close()
 
 
 def test_a_broken_prompt_is_unavailable_and_others_are_not(serve: Serve, root: Path) -> None:
