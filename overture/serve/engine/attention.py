@@ -87,10 +87,9 @@ class Group:
             required: False if no mask means causal.
         """
         reaches = window is None or window >= self.positions
-        if not required and reaches:
-            whole = all(s + c == self.positions for s, c in zip(self.starts, self.counts, strict=True))
-            if (self.queries == 1 and whole) or not any(self.starts):
-                return None
+        # A mask of nothing may look useless for one query, but it makes transformers pack grouped heads: faster.
+        if not required and reaches and self.queries > 1 and not any(self.starts):
+            return None
         signature = (None if reaches else window, like.dtype, like.device)
         if signature not in self.masks:
             seen = self._seen(None if reaches else window).to(like.device)
@@ -176,15 +175,15 @@ class CachedAttention:
         **kwargs: Any,
     ) -> Float[Tensor, "n H E"]:
         keys, values = group.shelf.keys[layer], group.shelf.values[layer]
-        at = group.slots.to(key.device), group.places.to(key.device)
+        at = group.slots.to(key.device), slice(None), group.places.to(key.device)
         keys[at], values[at] = key.transpose(0, 1).to(keys.dtype), value.transpose(0, 1).to(values.dtype)
-        window = slice(group.first, group.first + len(group.counts)), slice(group.positions)
+        window = slice(group.first, group.first + len(group.counts)), slice(None), slice(group.positions)
         mask = group.mask(self.windows.get(layer), query, required=required)
         answer, _ = inner(
             module,
             group.padded(query),
-            keys[window].transpose(1, 2).to(query.dtype),
-            values[window].transpose(1, 2).to(query.dtype),
+            keys[window].to(query.dtype),
+            values[window].to(query.dtype),
             mask,
             **kwargs,
         )

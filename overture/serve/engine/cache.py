@@ -127,14 +127,14 @@ class Shelf:
         if before is not None:
             for tensors, others in ((self.keys, before.shelf.keys), (self.values, before.shelf.values)):
                 for tensor, other in zip(tensors, others, strict=True):
-                    tensor[slot, : row.cached] = other[before.slot, : row.cached]
+                    tensor[slot, :, : row.cached] = other[before.slot, :, : row.cached]
             before.shelf._free(before.slot)
             return
         row.cached = row.held
         if row.prefix is not None and row.held:
             for tensors, parts in ((self.keys, row.prefix.keys), (self.values, row.prefix.values)):
                 for tensor, part in zip(tensors, parts, strict=True):
-                    tensor[slot, : row.held] = part.transpose(0, 1)
+                    tensor[slot, :, : row.held] = part
 
     def remove(self, row: Line) -> None:
         """Free a row's slot."""
@@ -154,7 +154,7 @@ class Shelf:
             return
         assert last.place is not None
         for tensor in (*self.keys, *self.values):
-            tensor[slot, : last.cached] = tensor[last.place.slot, : last.cached]
+            tensor[slot, :, : last.cached] = tensor[last.place.slot, :, : last.cached]
         self.rows[slot] = last
         last.place.slot = slot
 
@@ -236,5 +236,5 @@ class Shelves:
         return self.bytes + wanted <= self.budget
 
 
-def _empty(layer: LayerShape, capacity: int, size: int, dim: int) -> Float[Tensor, "R S K D"]:
-    return torch.zeros(capacity, size, layer.kv_heads, dim, dtype=layer.dtype, device=layer.device)
+def _empty(layer: LayerShape, capacity: int, size: int, dim: int) -> Float[Tensor, "R K S D"]:
+    return torch.zeros(capacity, layer.kv_heads, size, dim, dtype=layer.dtype, device=layer.device)
