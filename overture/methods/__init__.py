@@ -1,6 +1,6 @@
 """The methods: each a frozen config that builds one small trainable module."""
 
-from overture.methods.base import FrozenModel, Init, Method, Prepared, PromptModule
+from overture.methods.base import FrozenModel, Init, Method, Prepared, PromptModule, prepared
 from overture.methods.deep_prompt import DeepPrompt
 from overture.methods.p_tuning import PTuning
 from overture.methods.prefix_tuning import PrefixTuning
@@ -17,6 +17,7 @@ __all__ = [
     "Prepared",
     "PromptModule",
     "PromptTuning",
+    "prepared",
 ]
 
 METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (PrefixTuning, PromptTuning, PTuning, DeepPrompt)}

@@ -16,7 +16,7 @@ from overture.prompt import BlockInputs, KVPrefix, VirtualTokens
 from overture.spec import ModelSpec
 from overture.template import Template
 
-__all__ = ["FrozenModel", "Init", "Method", "Prepared", "PromptModule", "Tokens", "seeded"]
+__all__ = ["FrozenModel", "Init", "Method", "Prepared", "PromptModule", "Tokens", "prepared", "seeded"]
 
 Init = str | tuple[str, ...]
 """`"random"`, `"vocabulary"`, a tuple of class labels, or any other string: words to start from."""
@@ -64,6 +64,23 @@ class PromptModule(nn.Module, ABC):
         Args:
             generator: source of dropout noise; None switches dropout off.
         """
+
+    @classmethod
+    def of_all(cls, modules: Sequence[Any], generators: Sequence[Generator | None]) -> list[Prepared]:
+        """What each of several modules of this class gives, in fewer operations where the method knows how."""
+        return [module(generator) for module, generator in zip(modules, generators, strict=True)]
+
+
+def prepared(modules: Sequence[PromptModule], generators: Sequence[Generator | None]) -> list[Prepared]:
+    """What each of several modules gives, those of one class together."""
+    alike: dict[type[PromptModule], list[int]] = {}
+    for number, module in enumerate(modules):
+        alike.setdefault(type(module), []).append(number)
+    made: dict[int, Prepared] = {}
+    for kind, numbers in alike.items():
+        values = kind.of_all([modules[n] for n in numbers], [generators[n] for n in numbers])
+        made |= zip(numbers, values, strict=True)
+    return [made[number] for number in range(len(modules))]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

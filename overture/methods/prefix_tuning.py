@@ -1,6 +1,6 @@
 """Prefix Tuning: keys and values of P virtual tokens for every attention layer (arXiv:2101.00190).
 
-Shape suffixes: P virtual tokens, C channels (all layers, keys and values, heads and sizes side by side).
+Shape suffixes: U prompts, P virtual tokens, C channels (all layers, keys and values, heads and sizes side by side).
 """
 
 from __future__ import annotations
@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import compress
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
 from overture.errors import ConfigError
-from overture.methods.base import FrozenModel, Method, PromptModule, Tokens, check_count, seeded
+from overture.methods.base import FrozenModel, Method, Prepared, PromptModule, Tokens, check_count, seeded
 from overture.methods.init import prompt_length, random_like, reference_tokens, start_tokens
 from overture.methods.offsets import FreeOffset, MLPOffset, Offset
 from overture.prompt import KVPrefix
@@ -129,11 +129,28 @@ class PrefixModule(PromptModule):
 
     def forward(self, generator: Generator | None = None) -> KVPrefix:
         """Keys and values of every layer, with dropout if a generator is given."""
-        flat = self.start + self.scale * self.offset()
+        return _unflatten(self.flat(generator)[None], self.layers, self.parts)[0]
+
+    def flat(self, generator: Generator | None) -> Float[Tensor, "P C"]:
+        """All keys and values of a virtual token side by side."""
+        flat: Tensor = self.start + self.scale * self.offset()
         if self.dropout and generator is not None:
             kept = torch.rand(flat.shape, generator=generator).to(flat.device) >= self.dropout
             flat = flat * kept / (1 - self.dropout)
-        return _unflatten(flat, self.layers, self.parts)
+        return flat
+
+    @classmethod
+    def of_all(cls, modules: Sequence[Any], generators: Sequence[Generator | None]) -> list[Prepared]:
+        """What each module gives; prefixes of one shape are cut into layers together."""
+        alike: dict[object, list[int]] = {}
+        for number, module in enumerate(modules):
+            alike.setdefault((module.layers, module.parts, module.start.shape), []).append(number)
+        made: dict[int, Prepared] = {}
+        for numbers in alike.values():
+            flat = torch.stack([modules[number].flat(generators[number]) for number in numbers])
+            first = modules[numbers[0]]
+            made |= zip(numbers, _unflatten(flat, first.layers, first.parts), strict=True)
+        return [made[number] for number in range(len(modules))]
 
 
 def _flatten(prefix: KVPrefix, chosen: Sequence[bool]) -> list[Float[Tensor, "P _C"]]:
@@ -142,8 +159,10 @@ def _flatten(prefix: KVPrefix, chosen: Sequence[bool]) -> list[Float[Tensor, "P 
     return [part.transpose(0, 1).flatten(1) for pair in pairs for part in pair]
 
 
-def _unflatten(flat: Float[Tensor, "P C"], layers: Sequence[AttentionLayer], parts: tuple[str, ...] | None) -> KVPrefix:
+def _unflatten(
+    flat: Float[Tensor, "U P C"], layers: Sequence[AttentionLayer], parts: tuple[str, ...] | None
+) -> list[KVPrefix]:
     shapes = [(layer.kv_heads, size) for layer in layers for size in (layer.key_dim, layer.value_dim)]
-    columns = flat.split([heads * size for heads, size in shapes], dim=1)
-    shaped = [column.unflatten(1, shape).transpose(0, 1) for column, shape in zip(columns, shapes, strict=True)]
-    return KVPrefix(tuple(shaped[0::2]), tuple(shaped[1::2]), parts)
+    columns = flat.split([heads * size for heads, size in shapes], dim=2)
+    shaped = [c.unflatten(2, shape).transpose(1, 2).unbind(0) for c, shape in zip(columns, shapes, strict=True)]
+    return [KVPrefix(tuple(own[0::2]), tuple(own[1::2]), parts) for own in zip(*shaped, strict=True)]

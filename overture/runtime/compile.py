@@ -63,13 +63,16 @@ def compile_prefixes(model: PreTrainedModel, values: Sequence[VirtualTokens | Bl
         if blocks:
             stack.enter_context(_replaced_inputs(model, host.spec, _padded([b.hidden for b in blocks], dim=1)))
         _run(model, host, tokens, lengths, recorder)
+    # Taken apart at once: a slice's gradient is as large as all prompts together.
+    all_keys, all_values = ([t.unbind(0) for t in part] for part in (recorder.keys, recorder.values))
     return [
-        KVPrefix(
-            tuple(key[row, :, :length] for key in recorder.keys),
-            tuple(value[row, :, :length] for value in recorder.values),
-        )
+        KVPrefix(tuple(_first(k[row], length) for k in all_keys), tuple(_first(v[row], length) for v in all_values))
         for row, length in enumerate(lengths)
     ]
+
+
+def _first(tensor: Float[Tensor, "K _P D"], length: int) -> Float[Tensor, "K P D"]:
+    return tensor if tensor.shape[1] == length else tensor[:, :length]
 
 
 @runtime_checkable

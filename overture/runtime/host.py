@@ -25,6 +25,7 @@ from overture.prompt import KVPrefix, SoftPrompt, Value, VirtualTokens
 from overture.runtime.attention import Path, PlainAttention, PrefixAttention
 from overture.runtime.embedding import TokenRows
 from overture.runtime.moved import Moved, bias_module, position_modules
+from overture.runtime.packing import PackedAttention, Packing
 from overture.runtime.passes import Pass, check_room, first_axis
 from overture.runtime.rows import PrefixRows, repeats
 from overture.runtime.seam import Seam, after, done, embedded, is_compiled, positioned, seam_of
@@ -49,11 +50,13 @@ class Rows:
     """How prefix and text come together in attention."""
     in_window: bool = False
     """True if prefixes drop out of sliding windows."""
+    packing: Packing | None = None
+    """Which token is of which row, where the rows stand end to end in one."""
 
     @property
     def empty(self) -> bool:
-        """True if no row has a prompt."""
-        return self.prefixes is None and self.tokens is None
+        """True if rows pass as they are."""
+        return self.prefixes is None and self.tokens is None and self.packing is None
 
 
 def stands_in_text(spec: ModelSpec, prompt: SoftPrompt | Value | None) -> bool:
@@ -170,6 +173,8 @@ class Host:
             return None
         self._require_owner()
         entered = Pass.of(module, args, kwargs, rows.tokens)
+        if rows.packing is not None:
+            return (), entered.kwargs | self._packed(rows, rows.packing)
         times = self._times(rows, entered)
         new = dict(entered.kwargs)
         outside = module not in self.stacks
@@ -207,6 +212,24 @@ class Host:
             return None
         entered = Pass.of(module, args, kwargs, rows.tokens)
         return (), entered.kwargs | {"position_ids": entered.positions(self.spec)}
+
+    def _packed(self, rows: Rows, packing: Packing) -> dict[str, Any]:
+        """What a pass over rows end to end is given: their positions, and attention that tells them apart."""
+        handler: dispatch.AttentionHandler = PlainAttention()
+        if rows.prefixes is not None:
+            handler = PrefixAttention(rows.prefixes, self.layers, path=rows.path)
+        ahead = None if rows.prefixes is None else rows.prefixes.lengths["self"]
+        positions = packing.positions(self.spec.first_position or 0, ahead)
+        check_room(self.spec, positions, ahead=rows.prefixes is not None)
+        windows = {
+            module: self.windows[layers[0]] for module, layers in self.layers.items() if layers[0] in self.windows
+        }
+        return {
+            "position_ids": positions,
+            # Four axes: the model takes it for a mask that is ready, and makes none of all tokens by all tokens.
+            "attention_mask": torch.zeros(1, 1, 1, 1, device=positions.device),
+            dispatch.KEYWORD: PackedAttention(handler, packing, windows),
+        }
 
     def _placed(self, rows: Rows, entered: Pass, times: int) -> dict[str, Any]:
         """Virtual tokens in their places, and the positions of the text behind each row's own prefix."""

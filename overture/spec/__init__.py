@@ -15,6 +15,7 @@ from overture.spec.modules import (
     unwrapped,
 )
 from overture.spec.probe import AttentionLayer
+from overture.spec.settled import settled
 from overture.spec.tasks import TASKS, named_task, task_of
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "handing_on",
     "measuring",
     "named_task",
+    "settled",
     "stacks",
     "surrounding",
     "task_of",

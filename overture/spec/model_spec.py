@@ -14,8 +14,17 @@ from overture.errors import UnsupportedModelError
 from overture.prompt import BaseModelId
 from overture.spec import adapters
 from overture.spec.identity import embedding_scale, identify
-from overture.spec.modules import backbone, embedding_table, measuring, rope_parameters, text_encoder, unwrapped
+from overture.spec.modules import (
+    backbone,
+    embedding_table,
+    measuring,
+    rope_parameters,
+    sees_by_distance,
+    text_encoder,
+    unwrapped,
+)
 from overture.spec.probe import AttentionLayer, first_position, meets_in_attention_only, record
+from overture.spec.settled import once_settled
 
 __all__ = ["ModelSpec"]
 
@@ -48,6 +57,8 @@ class ModelSpec:
     """True if every attention call is causal."""
     runs_ahead: bool
     """True if leading virtual tokens can be run ahead: a decoder whose positions meet in attention alone."""
+    packs: bool
+    """True if rows can be read end to end, and told apart in attention alone: what each of its layers sees is known."""
     reads_text: bool
     """True if the model reads token ids; an encoder-decoder may read sound or pictures."""
     num_parameters: int
@@ -62,12 +73,7 @@ class ModelSpec:
         Raises:
             UnsupportedModelError: the model has no token embedding to prompt.
         """
-        inner = unwrapped(model)
-        state = _state(inner)
-        known = _SPECS.get(inner)
-        if known is None or known[0] != state:
-            known = _SPECS[inner] = (state, _probe(inner))
-        return known[1]
+        return _known(unwrapped(model))
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -90,6 +96,15 @@ class ModelSpec:
 
 
 _SPECS: WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], ModelSpec]] = WeakKeyDictionary()
+
+
+@once_settled
+def _known(model: PreTrainedModel) -> ModelSpec:
+    state = _state(model)
+    known = _SPECS.get(model)
+    if known is None or known[0] != state:
+        known = _SPECS[model] = (state, _probe(model))
+    return known[1]
 
 
 def _state(model: PreTrainedModel) -> tuple[object, ...]:
@@ -136,6 +151,7 @@ def _probe(model: PreTrainedModel) -> ModelSpec:
         layers=layers,
         is_decoder=causal,
         runs_ahead=runs_ahead,
+        packs=runs_ahead and sees_by_distance(model),
         reads_text=not model.config.is_encoder_decoder or text_encoder(model) is not None,
         num_parameters=sum(p.numel() for p in model.parameters()),
         refusal=refusal,

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from overture import dispatch
 from overture.errors import UnsupportedModelError
+from overture.spec.settled import once_settled
 
 if TYPE_CHECKING:
     from overture.spec.probe import AttentionLayer
@@ -29,6 +30,7 @@ __all__ = [
     "hooks",
     "measuring",
     "rope_parameters",
+    "sees_by_distance",
     "stack",
     "stacks",
     "surrounding",
@@ -68,6 +70,7 @@ def text_encoder(model: PreTrainedModel) -> PreTrainedModel | None:
     return cast(PreTrainedModel, model.get_encoder())
 
 
+@once_settled
 def token_embedding(model: PreTrainedModel) -> nn.Module:
     """The module that embeds what the model reads: in an encoder-decoder the encoder's own.
 
@@ -161,6 +164,15 @@ def rope_parameters(model: PreTrainedModel) -> list[dict[str, Any]]:
     return found
 
 
+def sees_by_distance(model: PreTrainedModel) -> bool:
+    """True if every causal layer sees all that is before it, or a window of it: no chunks, one axis of positions."""
+    config = model.config.get_text_config(decoder=True)
+    kinds = set(getattr(config, "layer_types", None) or ())
+    several = any("mrope_section" in found for found in rope_parameters(model))
+    chunks = getattr(config, "attention_chunk_size", None)
+    return kinds <= {"full_attention", "sliding_attention"} and not several and not chunks
+
+
 def block_modules(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> list[nn.Module]:
     """The transformer block around each attention call."""
     modules = dict(backbone(model).named_modules())
@@ -173,6 +185,7 @@ def attention_modules(model: PreTrainedModel, layers: Sequence[AttentionLayer]) 
     return [modules[layer.name] for layer in layers]
 
 
+@once_settled
 def execution_device(model: PreTrainedModel) -> torch.device:
     """Where the model's input goes. Offloaded weights are elsewhere between forward passes, or on no device at all."""
     for hook in hooks(token_embedding(model)):

@@ -22,7 +22,7 @@ from overture.tuning.passes import Fits, Size, grouped
 from overture.tuning.plan import Plan, largest_step, planned, too_large
 from overture.tuning.results import TuneResult
 from overture.tuning.tasks import Task
-from overture.tuning.trainee import Trainee
+from overture.tuning.trainee import Trainee, noisy
 from overture.tuning.waiting import Waiting
 
 __all__ = ["Cohort", "Handover"]
@@ -193,7 +193,8 @@ class Cohort:
         for part in range(self.config.gradient_accumulation):
             rows = [passes[part] for passes in batches]
             for group in grouped([Size(1, len(batch), max(map(len, batch))) for batch in rows], self._fits):
-                shares = [Share(active[i].noisy(), rows[i], targets[i]) for i in group]
+                trained = noisy([active[i] for i in group])
+                shares = [Share(one, rows[i], targets[i]) for one, i in zip(trained, group, strict=True)]
                 parts = backward(self.model, self.task, self.config, shares, self.filler)
                 for i, loss in zip(group, parts, strict=True):
                     losses[active[i].name] += loss

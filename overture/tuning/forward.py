@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from overture.prompt import Head, SoftPrompt
+from overture.runtime.packed import packed, packs
 from overture.runtime.prompts import Piece, RowPrompt, prompts
 from overture.runtime.reading import Encoded, batch_rows
-from overture.spec import evaluating, execution_device, unwrapped
+from overture.spec import evaluating, execution_device, settled, unwrapped
 from overture.tuning.example import Example
 
 __all__ = ["Trained", "collate", "frozen", "precise", "run", "selected_logits"]
@@ -56,9 +58,8 @@ def run(model: PreTrainedModel, rows: Sequence[Trained], examples: Sequence[Exam
         **more: further keywords of the forward pass.
     """
     batch = collate(examples, filler).to(execution_device(model))
-    options = {"use_cache": False} if "use_cache" in inspect.signature(unwrapped(model).forward).parameters else {}
     with prompts(model, [row.row for row in rows], batch, heads=[row.head for row in rows]):
-        return model(**batch.inputs(), **options, **more)
+        return model(**batch.inputs(), **_without_cache(model), **more)
 
 
 def selected_logits(
@@ -70,6 +71,8 @@ def selected_logits(
 ) -> Float[Tensor, "N V"]:
     """A language model's logits at chosen positions alone.
 
+    The rows are read end to end where the model can, so that nothing is computed for padding.
+
     Args:
         model: a model with an output embedding.
         rows: one per example.
@@ -77,10 +80,24 @@ def selected_logits(
         filler: token id that stands in the padding.
         places: row and column of each position.
     """
-    row, column = torch.tensor(places, dtype=torch.long, device=execution_device(model)).reshape(-1, 2).unbind(1)
-    with _only(model, row, column):
-        logits: Tensor = run(model, rows, examples, filler).logits
+    packing = packs(model) and all(row.head is None for row in rows) and all(e.slots is None for e in examples)
+    lengths = [len(example) for example in examples]
+    starts = [0, *accumulate(lengths)] if packing else [max(lengths) * row for row in range(len(rows))]
+    chosen = torch.tensor([starts[row] + column for row, column in places], dtype=torch.long)
+    with _only(model, chosen.to(execution_device(model))):
+        logits: Tensor = (_run_packed(model, rows, examples) if packing else run(model, rows, examples, filler)).logits
     return precise(logits.flatten(0, -2))
+
+
+def _run_packed(model: PreTrainedModel, rows: Sequence[Trained], examples: Sequence[Example]) -> Any:
+    """The model's output for examples end to end, as one row."""
+    ids = torch.tensor([[token for example in examples for token in example.ids]], device=execution_device(model))
+    with packed(model, [row.row for row in rows], [len(example) for example in examples]):
+        return model(input_ids=ids, **_without_cache(model))
+
+
+def _without_cache(model: PreTrainedModel) -> dict[str, bool]:
+    return {"use_cache": False} if "use_cache" in inspect.signature(unwrapped(model).forward).parameters else {}
 
 
 def precise(logits: Tensor) -> Tensor:
@@ -89,14 +106,14 @@ def precise(logits: Tensor) -> Tensor:
 
 
 @contextmanager
-def _only(model: PreTrainedModel, row: Int[Tensor, " N"], column: Int[Tensor, " N"]) -> Iterator[None]:
-    """The output layer sees only the chosen positions, as one row of N.
+def _only(model: PreTrainedModel, chosen: Int[Tensor, " N"]) -> Iterator[None]:
+    """The output layer sees only the chosen positions, counted through all rows, as one row of N.
 
     The model's own forward pass does the rest, so that what it does to logits (softcap, scale) stays its own.
     """
 
     def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (args[0][row, column][None], *args[1:])
+        return (args[0].flatten(0, 1)[chosen][None], *args[1:])
 
     handle = model.get_output_embeddings().register_forward_pre_hook(select)
     try:
@@ -107,11 +124,11 @@ def _only(model: PreTrainedModel, row: Int[Tensor, " N"], column: Int[Tensor, " 
 
 @contextmanager
 def frozen(model: PreTrainedModel) -> Iterator[None]:
-    """The model in evaluation mode, its parameters without gradient; as it was afterwards."""
+    """The model settled, in evaluation mode, its parameters without gradient; as it was afterwards."""
     flags = [(p, p.requires_grad) for p in model.parameters()]
     model.requires_grad_(False)
     try:
-        with evaluating(model):
+        with evaluating(model), settled(model):
             yield
     finally:
         for parameter, flag in flags:

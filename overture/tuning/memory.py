@@ -20,7 +20,7 @@ from overture.spec import execution_device
 from overture.tuning.losses import Share, backward
 from overture.tuning.passes import PassCost
 from overture.tuning.tasks import Task
-from overture.tuning.trainee import Trainee
+from overture.tuning.trainee import Trainee, noisy
 
 __all__ = ["Holding", "measured", "parameter_bytes", "parse_bytes", "peak_bytes", "row_bytes"]
 
@@ -76,7 +76,7 @@ def measured(model: PreTrainedModel, task: Task, trainee: Trainee, filler: int) 
 
     def run(prompts: int, rows: int) -> Callable[[], object]:
         def one_pass() -> None:
-            shares = [Share(one.noisy(), [longest] * rows, rows * longest.num_targets) for one in copies[:prompts]]
+            shares = [Share(one, [longest] * rows, rows * longest.num_targets) for one in noisy(copies[:prompts])]
             backward(model, task, trainee.config, shares, filler)
 
         return one_pass

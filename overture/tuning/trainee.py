@@ -12,7 +12,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Optimizer
 
 from overture.errors import DivergedError
-from overture.methods import Method, PromptModule
+from overture.methods import Method, PromptModule, prepared
 from overture.prompt import Head, SoftPrompt
 from overture.runtime.head_module import HeadModule
 from overture.tuning.batches import BatchOrder
@@ -21,7 +21,13 @@ from overture.tuning.example import Example
 from overture.tuning.forward import Trained
 from overture.tuning.tasks import Form
 
-__all__ = ["Trainee"]
+__all__ = ["Trainee", "noisy"]
+
+
+def noisy(trainees: Sequence[Trainee]) -> list[Trained]:
+    """Each one's prompt and head with gradient, and with dropout if the method has any."""
+    values = prepared([t.module for t in trainees], [t.noise for t in trainees])
+    return [Trained(value, t.answers(), t.behind) for value, t in zip(values, trainees, strict=True)]
 
 
 class Trainee:
@@ -71,10 +77,6 @@ class Trainee:
         """The rows of the next step, one list per forward pass."""
         passes = self.config.gradient_accumulation
         return [self.order.batch(self.step * passes + i) for i in range(passes)]
-
-    def noisy(self) -> Trained:
-        """Prompt and head with gradient, and with dropout if the method has any."""
-        return Trained(self.module(self.noise), self.answers(), self.behind)
 
     def plain(self) -> Trained:
         """Prompt and head as they stand, without dropout."""
@@ -209,7 +211,7 @@ def _optimizer(module: PromptModule, head: HeadModule | None, rate: float, confi
 
         # As Prompt Tuning used it: constant rate in the parameters' own units, no relative steps.
         return Adafactor(groups, weight_decay=config.weight_decay, scale_parameter=False, relative_step=False)
-    return AdamW(groups, weight_decay=config.weight_decay)
+    return AdamW(groups, weight_decay=config.weight_decay, fused=True)
 
 
 def _rate(step: int, config: TuneConfig) -> float:

@@ -1,0 +1,301 @@
+"""Users tuned together, beside the same users one after another with PEFT: `python benchmarks/cohort.py`.
+
+Writes `benchmarks/reports/cohort.md`. After every few steps of a cohort, the same steps are done for each user alone
+with PEFT 0.21.2 (same rows, batches, length, optimizer and rate), and the frozen model reads the same batches, so that
+a busy moment of the machine falls on all sides alike. Figures are medians of the rounds, and of each round's ratios.
+
+On a GPU the same script tunes 64 users.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import torch
+from common.machine import command, device, facts, table
+from common.peft_loop import Batch, PeftTrainee, batch_of
+from common.rows import messages, restaurants
+from torch.nn.functional import cross_entropy, pad
+from torch.profiler import ProfilerActivity, profile
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import overture as ov
+from overture.methods import Method
+from overture.tuning.batches import BatchOrder
+from overture.tuning.data import load_rows
+from overture.tuning.events import Event, StepDone
+from overture.tuning.example import TextExample
+from overture.tuning.examples import encode_rows
+from overture.tuning.tasks import TASKS, Form
+
+REPORT = Path(__file__).parent / "reports" / "cohort.md"
+STEPS = 3
+"""Of every side in a round."""
+WARM = 3
+"""Steps before the first round."""
+ROWS = 24
+"""Per user."""
+METHODS: dict[str, Method] = {
+    "prefix": ov.PrefixTuning(num_virtual_tokens=16, reparameterization=False),
+    "prefix, network of 512": ov.PrefixTuning(num_virtual_tokens=16),
+    "prompt": ov.PromptTuning(num_virtual_tokens=20),
+}
+TEXTS = {"messages": messages, "restaurants": restaurants}
+TARGETS = {1: 3.0, 4: 1.7}
+"""Least users per minute as a multiple of PEFT's, by examples per user and step."""
+
+ABOUT = """\
+Made by `{command}` with the embedded model `tiny` in float32. Times are of one step of all {users} users, medians of
+{rounds} rounds of {steps} steps; `times PEFT` and `of the frozen model` are medians of the rounds' ratios. Both sides
+tune the same rows in the same batches (fused AdamW, clipping, length 16 for prefixes and 20 for prompts). The frozen
+model reads the same rows in one padded batch, for prompts with their 20 tokens in every row: forward to the learned
+positions alone, and backward to its input embeddings; 1.00 is its speed. Preparing users and measuring them before and
+after is not counted on any side."""
+
+
+@dataclass(slots=True)
+class Times:
+    """Seconds per step, one number a round: of all users together, of all one by one, and of the frozen model."""
+
+    cohort: list[float] = field(default_factory=list)
+    peft: list[float] = field(default_factory=list)
+    bare: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    """Real tokens of a step."""
+    shares: dict[str, float] = field(default_factory=dict)
+    """Of a cohort's step, by what it goes to."""
+
+
+def wait() -> None:
+    """Until the device is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds that `work` takes."""
+    wait()
+    began = time.perf_counter()
+    work()
+    wait()
+    return time.perf_counter() - began
+
+
+def bare_pass(model: PreTrainedModel, batch: Batch, ahead: int) -> None:
+    """The frozen model alone: forward to the positions that are learned, and backward to its input embeddings.
+
+    With `ahead` tokens in front of every row, for methods whose virtual tokens the model reads.
+    """
+    front = {"input_ids": 5, "attention_mask": 1, "labels": -100}
+    ids, mask, labels = (pad(batch[name], (ahead, 0), value=value) for name, value in front.items())
+    embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+    hidden = model.base_model(inputs_embeds=embedded, attention_mask=mask, use_cache=False)[0]
+    learned = labels[:, 1:] != -100
+    logits = model.get_output_embeddings()(hidden[:, :-1][learned])
+    cross_entropy(logits.float(), labels[:, 1:][learned]).backward()
+
+
+class Round:
+    """Listens to a cohort, and lets the other sides run between its steps."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        method: Method,
+        examples: Sequence[Sequence[TextExample]],
+        batch_size: int,
+        rounds: int,
+    ) -> None:
+        self.model, self.times = model, Times()
+        self.ahead = 0 if isinstance(method, ov.PrefixTuning) else method.num_virtual_tokens
+        self.orders = [BatchOrder(rows, batch_size, 0) for rows in examples]
+        # A PEFT model patches its base model, so Overture's side has one of its own.
+        self.others = [PeftTrainee(model, method, 1e-3) for _ in examples]
+        self.last_step = WARM + rounds * STEPS
+        self.profile_from = WARM + STEPS * (rounds // 2)
+        self.began = 0.0
+
+    def __call__(self, event: Event) -> None:
+        """After every step of the cohort."""
+        if not isinstance(event, StepDone):
+            return
+        wait()
+        ended, number = time.perf_counter(), event.step
+        if number == WARM:
+            self._others([0])  # warms up
+        elif number > WARM and (number - WARM) % STEPS == 0:
+            steps = range(number - STEPS, number)
+            self.times.cohort.append((ended - self.began) / STEPS)
+            self._others(steps)
+        if number >= WARM and (number - WARM) % STEPS == 0:
+            wait()
+            self.began = time.perf_counter()
+
+    def _others(self, steps: Sequence[int]) -> None:
+        warm = len(steps) == 1
+        target = self.model.device
+        batches = [[order.batch(step) for step in steps] for order in self.orders]
+        alone = [[batch_of(batch, target) for batch in own] for own in batches]
+        joined = [batch_of([row for own in batches for row in own[i]], target) for i in range(len(steps))]
+
+        def one_by_one() -> None:
+            for trainee, own in zip(self.others, alone, strict=True):
+                for batch in own:
+                    trainee.step(batch)
+
+        peft = timed(one_by_one) / len(steps)
+        bare = timed(lambda: [bare_pass(self.model, batch, self.ahead) for batch in joined]) / len(steps)
+        if not warm:
+            self.times.peft.append(peft)
+            self.times.bare.append(bare)
+            self.times.tokens.append(sum(int(batch["attention_mask"].sum()) for batch in joined) // len(steps))
+
+
+class Shares:
+    """Listens to a cohort, and profiles some of its steps."""
+
+    def __init__(self, first: int, last: int) -> None:
+        self.first, self.last, self.found = first, last, dict[str, float]()
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+        self.profile = profile(activities=activities)
+        self.began = 0.0
+
+    def __call__(self, event: Event) -> None:
+        """After every step."""
+        if not isinstance(event, StepDone):
+            return
+        if event.step == self.first:
+            self.profile.start()
+            self.began = time.perf_counter()
+        elif event.step == self.last:
+            wall = time.perf_counter() - self.began
+            self.profile.stop()
+            self.found = _shares(self.profile, wall)
+
+
+def _shares(measured: profile, wall: float) -> dict[str, float]:
+    """Shares of a step: in operators (attention, the optimizer, matrix products, others), and outside them."""
+    operators = [e for e in measured.key_averages() if e.key.startswith("aten::")]
+    total = {e.key: e.cpu_time_total for e in measured.key_averages()}
+    kinds = {"matrix products": ("mm", "bmm", "addmm", "baddbmm"), "attention": ("attention",)}
+    own = dict.fromkeys(kinds, 0.0)
+    for event in operators:
+        name = event.key.removeprefix("aten::")
+        for kind, names in kinds.items():
+            if name in names if kind == "matrix products" else "scaled_dot_product" in name:
+                own[kind] += event.self_cpu_time_total
+    everything = sum(event.self_cpu_time_total for event in operators)
+    optimizer = sum(time for key, time in total.items() if key.startswith("Optimizer.step"))
+    shares = {kind: time / 1e6 / wall for kind, time in own.items()}
+    shares["optimizer"] = optimizer / 1e6 / wall
+    shares["other operators"] = max(everything / 1e6 / wall - sum(shares.values()), 0.0)
+    shares["Python and hand-over"] = max(1 - sum(shares.values()), 0.0)
+    return shares
+
+
+def measure(text: str, name: str, batch_size: int, users: int, rounds: int) -> Times:
+    """Tune a cohort beside the others."""
+    (model, tokenizer), (other, _) = load(), load()
+    data = {f"user-{i}": TEXTS[text](ROWS, i) for i in range(users)}
+    form = Form(tokenizer=tokenizer)
+    examples = [encode_rows(TASKS["causal-lm"], load_rows(rows), form, max_tokens=512) for rows in data.values()]
+    listener = Round(other, METHODS[name], examples, batch_size, rounds)
+
+    def tuned(steps: int, listen: Callable[[Event], None]) -> None:
+        config = ov.TuneConfig(steps=steps, batch_size=batch_size, learning_rate=1e-3, dev_fraction=0, precision="fp32")
+        ov.tune_many(model, tokenizer, METHODS[name], data, config=config, on_event=listen)
+
+    tuned(listener.last_step, listener)
+    shares = Shares(3, 6)
+    tuned(6, shares)
+    listener.times.shares = shares.found
+    return listener.times
+
+
+def load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A copy of `tiny` in fp32, frozen."""
+    model, tokenizer = ov.load_base("tiny")
+    return model.float().requires_grad_(False).to(device()), tokenizer
+
+
+def ratio(above: Sequence[float], below: Sequence[float]) -> float:
+    """Median of the rounds' ratios."""
+    return median(a / b for a, b in zip(above, below, strict=True))
+
+
+def render(measured: dict[tuple[str, str, int], Times], users: int, rounds: int) -> str:
+    """The report."""
+    lines, shares = [], []
+    for (text, name, batch_size), times in measured.items():
+        step, faster = median(times.cohort), ratio(times.peft, times.cohort)
+        lines.append(
+            (
+                text,
+                name,
+                str(batch_size),
+                f"{median(times.tokens) / step:,.0f}",
+                f"{1000 * step:.0f} ms",
+                f"{1000 * median(times.peft):.0f} ms",
+                f"{1000 * median(times.bare):.0f} ms",
+                f"{60 * users / (200 * step):.1f}",
+                f"**{faster:.2f}**",
+                f"{TARGETS[batch_size]:.1f}",
+                f"{ratio(times.bare, times.cohort):.2f}",
+            )
+        )
+        shares.append((text, name, str(batch_size), *(f"{100 * share:.0f} %" for share in times.shares.values())))
+    head = ("text", "method", "rows per user and step", "tokens/s", "cohort", "PEFT, one by one", "frozen model")
+    kinds = next(iter(measured.values())).shares
+    return "\n".join(
+        [
+            f"# {users} users together, and one after another",
+            "",
+            ABOUT.format(command=command(), users=users, rounds=rounds, steps=STEPS),
+            "",
+            *table((*head, "users/min at 200 steps", "times PEFT", "target", "of the frozen model"), lines),
+            "",
+            "What a step of the cohort goes to (under torch's profiler, which slows what is not an operator):",
+            "",
+            *table(("text", "method", "rows", *kinds), shares),
+            "",
+            *facts(),
+            "",
+        ]
+    )
+
+
+def main() -> None:
+    """Measure and write the report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--users", type=int, default=64 if torch.cuda.is_available() else 16)
+    parser.add_argument("--rounds", type=int, default=5, help="how often to measure, at least 5")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--texts", nargs="+", default=list(TEXTS), choices=TEXTS)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--rows", nargs="+", type=int, default=list(TARGETS), choices=TARGETS)
+    parser.add_argument("--out", type=Path, default=REPORT, help="report to write")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    rounds = max(5, arguments.rounds)
+    measured = {
+        (text, name, rows): measure(text, name, rows, arguments.users, rounds)
+        for text in arguments.texts
+        for name in arguments.methods
+        for rows in arguments.rows
+    }
+    report = render(measured, arguments.users, rounds)
+    arguments.out.parent.mkdir(exist_ok=True)
+    arguments.out.write_text(report, encoding="utf-8")
+    print(report)
+
+
+if __name__ == "__main__":
+    main()
