@@ -106,6 +106,11 @@ def _header(document: dict[str, Any]) -> Any:
         "metrics": _pairs(document["metrics"]) or "(none)",
         "sha256": document["sha256"],
     }
+    # As PEFT has it; what Overture tunes stands where its template says.
+    if document.get("before_specials"):
+        rows["template"] += ", before the special tokens"
+    if document.get("counted"):
+        rows["template"] += ", which counts its positions on from the prompt"
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")

@@ -102,8 +102,8 @@ def peek(path: str | os.PathLike[str], *, max_bytes: int = MAX_FILE_BYTES) -> di
 
     Returns:
         `format`, `schema`, `kind`, `sha256`, `bytes` (size of the file), `name`, `base`, `template`, `method`,
-        `metrics`, `num_virtual_tokens`, `head` and `parts` (if the prompt has them), and `tensors` (for every name
-        its `dtype` and `shape`).
+        `metrics`, `num_virtual_tokens`, `head`, `parts`, `before_specials` and `counted` (if the prompt has them), and
+        `tensors` (for every name its `dtype` and `shape`).
 
     Raises:
         PromptFileError: as `load`, for all that can be seen without the tensors.

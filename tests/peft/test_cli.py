@@ -44,6 +44,8 @@ def test_import_and_export(base: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert said["base"] == {"given": str(base), "in_adapter": "", "digest": wanted.base.digest}
     assert all(torch.equal(prompt.tensors()[name], tensor) for name, tensor in wanted.tensors().items())
 
+    assert main(["inspect", str(out)]) == 0
+    assert "before the special tokens" in capsys.readouterr().out
     code, said = call(capsys, "export", out, "--to", "peft", "--model", base, "--out", back)
     assert (code, said) == (0, {"out": str(back), "name": "critic", "num_virtual_tokens": 4})
     assert torch.equal(peft.read(back).embeddings, peft.read(folder).embeddings)

@@ -68,8 +68,8 @@ def _prefix(model: Any, length: int, *, counted: bool, seed: int) -> SoftPrompt:
 
 
 @FAMILIES
-@pytest.mark.parametrize("generating", [False, True], ids=["forward", "generating"])
-def test_rows_of_both_kinds_and_of_several_lengths_in_one_batch(family: str, generating: bool) -> None:
+@pytest.mark.parametrize("how", ["forward", "greedy", "beams"])
+def test_rows_of_both_kinds_and_of_several_lengths_in_one_batch(family: str, how: str) -> None:
     """Oracle: each row alone."""
     model = build(family, TASK)
     rows = [
@@ -83,7 +83,9 @@ def test_rows_of_both_kinds_and_of_several_lengths_in_one_batch(family: str, gen
     def answers(rows: list[SoftPrompt | None], texts: list[str]) -> Tensor:
         batch = ov.encode(tokenizer(family), texts, rows, spec=ov.ModelSpec.of(model), complete=True)
         with torch.no_grad(), ov.prompts(model, rows, batch):
-            if generating:
+            if how == "beams":
+                return model.generate(**batch.inputs(), **OPTIONS, num_beams=3)
+            if how == "greedy":
                 options = {"output_logits": True, "return_dict_in_generate": True}
                 return torch.stack(model.generate(**batch.inputs(), **OPTIONS, **options).logits, dim=1)
             written = torch.tensor([[3, 7, 12, 5]]).expand(len(rows), -1)
