@@ -193,6 +193,28 @@ def test_a_server_told_to_stop_finishes_its_answers(serve: Serve) -> None:
     assert text == "".join(f"ada/bard@2:1:{i} " for i in range(8))
 
 
+def test_ready_says_no_when_the_queue_is_full_or_the_store_is_gone(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = serve(pace=0.3, queue=1)
+    client = live.http(None)
+    assert client.get("/ready").status_code == 200
+    stream = live.client().chat.completions.create(stream=True, **CHAT)  # type: ignore[call-overload]
+    full = client.get("/ready")
+    assert (full.status_code, full.json()["error"]["code"]) == (503, "not_ready")
+    stream.close()
+    assert eventually(lambda: client.get("/ready").status_code == 200)
+
+    def broken(_: object) -> list[str]:
+        raise OSError("private path")
+
+    monkeypatch.setattr(type(live.store), "tenants", broken)
+    gone = client.get("/ready")
+    assert gone.status_code == 503
+    assert "private" not in gone.text
+    assert client.get("/health").status_code == 200
+
+
 def test_limits_are_checked() -> None:
     with pytest.raises(ConfigError):
         ServeConfig(queue=0)

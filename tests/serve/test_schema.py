@@ -21,7 +21,7 @@ from tests.serve.toy import BASE, VOCAB, Toy
 
 LOCAL = {"Host": "localhost"}
 FEW = settings(
-    max_examples=25,
+    max_examples=15,
     deadline=None,
     derandomize=True,
     database=None,
