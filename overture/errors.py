@@ -9,6 +9,7 @@ __all__ = [
     "ContextLengthError",
     "DataError",
     "DivergedError",
+    "FleetError",
     "ModelInUseError",
     "OvertureError",
     "PromptFileError",
@@ -32,6 +33,10 @@ class OvertureError(Exception):
     def __init__(self, *, expected: str, got: str, do: str) -> None:
         self.expected, self.got, self.do = expected, got, do
         super().__init__(f"expected {expected}; got {got}. {do[:1].upper()}{do[1:].rstrip('.')}.")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Errors travel between processes; by default one would be made anew without its keywords."""
+        return _rebuilt, (type(self), self.expected, self.got, self.do)
 
     def as_dict(self) -> dict[str, str]:
         """The error as JSON-ready fields, for `--json` and for servers."""
@@ -102,3 +107,13 @@ class DivergedError(OvertureError):
     """Training produced a loss or a parameter that is not a finite number."""
 
     exit_code = 6
+
+
+class FleetError(OvertureError):
+    """Workers that cannot be had, that keep dying, or that cannot go on."""
+
+    exit_code = 6
+
+
+def _rebuilt(cls: type[OvertureError], expected: str, got: str, do: str) -> OvertureError:
+    return cls(expected=expected, got=got, do=do)

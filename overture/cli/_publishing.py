@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from overture.methods import Method
 from overture.prompt import BaseModelId
@@ -24,6 +24,10 @@ def identity_of(base: BaseModelId, task: str, method: Method, config: TuneConfig
     options = {name: value for name, value in config.as_dict().items() if name not in _NO_MATTER}
     shared = [base.architecture, base.digest, task, method.describe(), options]
     return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:32]
+
+
+_POINTS = 50
+"""Points kept of a curve, in an index that may hold a million users."""
 
 
 class Publisher:
@@ -58,7 +62,9 @@ class Publisher:
     def __call__(self, result: TuneResult) -> None:
         """Publish a result. When this returns, the prompt is on the disk."""
         metadata = {"run": self.run, "data": self.digests[result.name]}
-        record = self.store.publish(result.name, self.name, result.prompt, metadata=metadata)
+        curves = {"train_curve": _thinned(result.train_curve), "dev_curve": _thinned(result.dev_curve)}
+        metrics = {**result.prompt.metrics, **{name: curve for name, curve in curves.items() if curve}}
+        record = self.store.publish(result.name, self.name, result.prompt, metadata=metadata, metrics=metrics)
         self.published[result.name] = {
             "version": record.version,
             "loss_before": result.frozen_loss,
@@ -70,3 +76,9 @@ class Publisher:
     def _digest(self, name: str) -> str:
         own = self.users[name].digest()
         return f"{own}+{self.dev[name].digest()}" if name in self.dev else own
+
+
+def _thinned(curve: Sequence[tuple[int, float]]) -> list[list[float]]:
+    """Some points of a curve, the last one among them."""
+    every = -(-len(curve) // _POINTS) or 1
+    return [[step, loss] for step, loss in curve[::-1][::every][::-1]]

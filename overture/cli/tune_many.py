@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +17,7 @@ from overture.cli._program import program
 from overture.cli._stopping import stoppable
 from overture.cli._ui import Ui
 from overture.cli.store import HERE, Blobs, Store
-from overture.errors import DataError, OvertureError
+from overture.errors import ConfigError, DataError, OvertureError
 
 if TYPE_CHECKING:
     from overture.cli._publishing import Publisher
@@ -44,6 +45,21 @@ def tune_many(
     slots: Annotated[
         int | None, typer.Option(min=1, show_default="as memory allows", help="Most users in training at once.")
     ] = None,
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Memory that training may take, such as 4GB; sets the slots.")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="local, or ray for workers on this machine or a cluster.")] = "local",
+    address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS", show_default="this machine", help="Ray: the cluster, such as auto or ray://HEAD:10001."
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, show_default="as many as there is room for", help="Ray: workers.")
+    ] = None,
+    cpus_per_worker: Annotated[int, typer.Option(min=1, help="Ray: cores, and CPU threads, of a worker.")] = 1,
+    gpus_per_worker: Annotated[float, typer.Option(min=0, help="Ray: GPUs of a worker, or a share of one.")] = 0.0,
     method: options.Method = "prefix",
     model: Model = "tiny",
     task: options.Task = None,
@@ -88,18 +104,18 @@ def tune_many(
     ui = Ui(as_json, quiet)
     for path in (data, dev):
         _require(path)
+    if engine not in ("local", "ray"):
+        raise ConfigError(expected="an engine: local or ray", got=repr(engine), do="choose one of these")
     began = time.monotonic()
     with ui.busy("Starting", brief=True):
         from overture.cli import _settings
         from overture.cli._cohort_view import CohortView
+        from overture.cli._places import here, on_ray
         from overture.cli._publishing import Publisher, identity_of
-        from overture.cli._session import load_session
-        from overture.spec import ModelSpec
+        from overture.models.load import load_base
         from overture.store import Key, PromptStore
         from overture.store.names import check_name
-        from overture.tuning import api
         from overture.tuning.checkpoint import CHECKPOINT
-        from overture.tuning.tasks import task_for
         from overture.tuning.users import Users
 
     check_name(name)
@@ -120,21 +136,23 @@ def tune_many(
             got=f"none of {len(everybody)} with so many rows and words",
             do="lower --min-rows and --min-words",
         )
-    with PromptStore(store, blobs=blobs, key=Key.from_environment()) as opened:
-        session = load_session(ui, model, task=task)
-        run = identity_of(ModelSpec.of(session.model).base, task_for(session.model, task).name, chosen, config)
-        publisher = Publisher(opened, name, run, users, held_out)
+    if engine == "ray":
+        load = partial(load_base, model, task=task)
+        opened_on: Any = on_ray(ui, load, task, address, workers, cpus_per_worker, gpus_per_worker)
+    else:
+        opened_on = here(ui, model, task)
+    with PromptStore(store, blobs=blobs, key=Key.from_environment()) as opened, opened_on as place:
+        publisher = Publisher(opened, name, identity_of(place.base, place.task, chosen, config), users, held_out)
         done = publisher.done() if resume else set[str]()
         with stoppable(), CohortView(ui, len(users), config.steps, done=len(done)) as view:
-            result = api.tune_many(
-                session.model,
-                session.tokenizer,
+            result = place.tune(
                 chosen,
                 users,
                 dev=held_out,
                 task=task,
                 config=config,
                 slots=slots,
+                memory=memory,
                 done=done,
                 on_result=publisher,
                 run_dir=run_dir,
@@ -145,7 +163,7 @@ def tune_many(
         if run_dir is not None:
             (run_dir / CHECKPOINT).unlink(missing_ok=True)
     document = _document(publisher, result.failures, len(done), time.monotonic() - began)
-    document |= {"left_out": len(everybody) - len(users), "store": store, "name": name, "run": run}
+    document |= {"left_out": len(everybody) - len(users), "store": store, "name": name, "run": publisher.run}
     ui.result(document, *_panel(document, blobs))
     if result.failures:
         raise typer.Exit(6)
