@@ -63,7 +63,7 @@ class Directory:
 
     def listed(self, caller: Caller) -> list[Served]:
         """All that the caller may name: the caller's own prompts, then shared ones; by tenant and name."""
-        records = list(filter(self._fits, self._records(caller)))
+        records = self._records(caller)
         names = Counter(r.name for r in records)
         first = {r.name: r.tenant for r in reversed(records)}
 
@@ -73,7 +73,7 @@ class Directory:
                 return False
             return names[record.name] == 1 if caller.tenant is None else first[record.name] == record.tenant
 
-        return [Served(r.name if plain(r) else f"{r.tenant}/{r.name}", r) for r in records]
+        return [Served(r.name if plain(r) else f"{r.tenant}/{r.name}", r) for r in filter(self._fits, records)]
 
     def resolve(self, caller: Caller, model: str) -> Choice:
         """What a name stands for: the base model, NAME, NAME@VERSION, TENANT/NAME, or several of them joined by `+`.
@@ -83,11 +83,12 @@ class Directory:
         """
         if model == self._model_name:
             return Choice(model, ())
-        whole = self._find(caller, model)  # a name may hold a plus of its own
-        parts = [model] if whole else model.split("+")
-        if len(parts) > _MOST_PARTS:
-            raise Refusal(400, f"At most {_MOST_PARTS} prompts may be joined.", param="model")
-        records = [whole] if whole else [self._find(caller, part) for part in parts]
+        parts, records = [model], [self._find(caller, model)]
+        if records == [None] and "+" in model:  # only now, since a name may hold a plus of its own
+            parts = model.split("+")
+            if len(parts) > _MOST_PARTS:
+                raise Refusal(400, f"At most {_MOST_PARTS} prompts may be joined.", param="model")
+            records = [self._find(caller, part) for part in parts]
         found = tuple(record for record in records if record is not None)
         if len(found) < len(parts):
             raise unknown_model(model)

@@ -10,6 +10,7 @@ import openai
 import pytest
 
 from overture.errors import ConfigError
+from overture.prompt import BaseModelId
 from overture.serve.directory import Directory
 from overture.serve.keys import Caller, KeyRing, Role
 from overture.serve.refusal import Refusal
@@ -101,14 +102,23 @@ def test_names_with_a_plus_and_the_bases_own_name(store: PromptStore) -> None:
 
 
 def test_prompts_of_another_base_are_not_served(store: PromptStore) -> None:
-    from overture.prompt import BaseModelId
-
     store.publish("ada", "foreign", make_prompt(9, BaseModelId("gpt2", "f" * 64)))
     directory, ada = Directory(store, BASE, "tiny"), Caller(Role.TENANT, "ada")
     assert "foreign" not in [s.id for s in directory.listed(ada)]
     with pytest.raises(Refusal, match="another base model") as caught:
         directory.resolve(ada, "foreign")
     assert caught.value.status_code == 404
+
+
+def test_what_is_listed_is_what_answers(store: PromptStore) -> None:
+    """An own prompt of another base hides a shared one of its name, in the list as in a request."""
+    store.publish("ada", "summary", make_prompt(9, BaseModelId("gpt2", "f" * 64)))
+    directory = Directory(store, BASE, "tiny", ("tasks",))
+    for caller in (Caller(Role.TENANT, "ada"), Caller(None)):
+        listed = directory.listed(caller)
+        assert "tasks/summary" in [s.id for s in listed]
+        for served in listed:
+            assert directory.resolve(caller, served.id).records == (served.record,)
 
 
 def test_without_keys_everything_is_open_by_its_full_name(store: PromptStore) -> None:
