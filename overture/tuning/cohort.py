@@ -154,12 +154,12 @@ class Cohort:
                 break
             if self.plan is None:
                 self.plan = self._planned(trainee)
-            if not self.plan.fits([*self.running.values(), trainee]):
-                if self.running:
-                    break  # it waits until others have ended
+            if not self.plan.fits([trainee]):
                 self.waiting.leave()
                 self._fail(trainee.name, too_large(trainee, self.plan))
                 continue
+            if not self.plan.fits([*self.running.values(), trainee]):
+                break  # it waits until others have ended
             self.waiting.leave()
             self.running[trainee.name] = trainee
             if self.checkpoint is not None:
