@@ -124,10 +124,7 @@ def _references(place: Path) -> list[Any]:
     from overture.store import PromptStore
 
     with PromptStore(place, read_only=True, create=False) as store:
-        return [
-            Reference(tenant=r.tenant, name=r.name, version=r.version, sha256=r.sha256, length=r.num_virtual_tokens)
-            for r in store.list_prompts(TENANT)
-        ]
+        return [Reference.to(record) for record in store.list_prompts(TENANT)]
 
 
 def _serve(kind: str, folder: Path) -> None:

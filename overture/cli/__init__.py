@@ -27,6 +27,7 @@ from overture.cli import (
     store,
     tune,
     tune_many,
+    verify,
 )
 from overture.cli._program import program
 from overture.cli._ui import print_error
@@ -66,6 +67,7 @@ app.command("export")(export.export)
 app.add_typer(store.app)
 app.command("serve")(serve.serve)
 app.add_typer(keys.app)
+app.command("verify")(verify.verify)
 app.command("demo")(demo.demo)
 app.command("doctor")(doctor.doctor)
 

@@ -62,11 +62,8 @@ class Prompts:
 
     def publish(self, name: str, prefix: KVPrefix) -> Reference:
         record = self.store.publish(TENANT, name, ov.SoftPrompt(prefix, ov.ModelSpec.of(self.model).base))
-        made = Reference(
-            tenant=TENANT, name=name, version=record.version, sha256=record.sha256, length=record.num_virtual_tokens
-        )
-        self.references[name] = made
-        return made
+        self.references[name] = Reference.to(record)
+        return self.references[name]
 
     def file(self, reference: Reference) -> Path:
         (found,) = self.place.glob(f"blobs/*/{reference.sha256}.safetensors")

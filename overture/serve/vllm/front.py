@@ -12,7 +12,7 @@ from overture.serve.refusal import Refusal
 from overture.serve.vllm.options import Options, open_store
 from overture.serve.vllm.reference import Reference
 from overture.serve.vllm.visit import Adapter
-from overture.store import PromptStore, Record
+from overture.store import PromptStore
 
 __all__ = ["Front", "open_keys"]
 
@@ -75,7 +75,7 @@ class Front:
             return None
         if len(choice.records) > 1:
             raise Refusal(400, "This server joins no prompts: name one.", code="unsupported", param="model")
-        reference = _reference(choice.records[0])
+        reference = Reference.to(choice.records[0])
         if reference not in self._checked:
             self._check(reference)
         return Adapter(choice.id, self._model_name, reference)
@@ -90,16 +90,6 @@ class Front:
         if len(self._checked) >= _MOST_CHECKED:
             self._checked.clear()
         self._checked.add(reference)
-
-
-def _reference(record: Record) -> Reference:
-    return Reference(
-        tenant=record.tenant,
-        name=record.name,
-        version=record.version,
-        sha256=record.sha256,
-        length=record.num_virtual_tokens,
-    )
 
 
 def _require_servable(prompt: SoftPrompt, address: str) -> None:

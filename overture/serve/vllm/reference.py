@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from overture.errors import ConfigError
+from overture.store import Record
 
 __all__ = ["PARAMETER", "PLACEHOLDER", "SECRET", "Reference", "salt_of", "secret"]
 
@@ -39,6 +40,17 @@ class Reference:
     """Of the prompt's file, hexadecimal."""
     length: int
     """Virtual tokens, P."""
+
+    @classmethod
+    def to(cls, record: Record) -> Reference:
+        """The reference to a version in a store."""
+        return cls(
+            tenant=record.tenant,
+            name=record.name,
+            version=record.version,
+            sha256=record.sha256,
+            length=record.num_virtual_tokens,
+        )
 
     @property
     def address(self) -> str:

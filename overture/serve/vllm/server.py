@@ -6,12 +6,13 @@ import json
 import os
 import secrets
 from collections.abc import Sequence
+from typing import Any
 
 from overture.errors import UnsupportedModelError
 from overture.serve.vllm.options import Options
 from overture.serve.vllm.reference import SECRET
 
-__all__ = ["arguments", "prepare", "run"]
+__all__ = ["arguments", "connector", "prepare", "run"]
 
 
 def arguments(model: str, options: Options, more: Sequence[str] = ()) -> list[str]:
@@ -22,13 +23,17 @@ def arguments(model: str, options: Options, more: Sequence[str] = ()) -> list[st
         options: for the connector and the plugin.
         more: further arguments, such as `--tensor-parallel-size 2`.
     """
-    transfer = {
+    return [model, "--kv-transfer-config", json.dumps(connector(options)), *more]
+
+
+def connector(options: Options) -> dict[str, Any]:
+    """The `kv_transfer_config` of vLLM."""
+    return {
         "kv_connector": "OvertureConnector",
         "kv_connector_module_path": "overture.serve.vllm.connector",
         "kv_role": "kv_consumer",
         "kv_connector_extra_config": options.as_config(),
     }
-    return [model, "--kv-transfer-config", json.dumps(transfer), *more]
 
 
 def prepare() -> None:
