@@ -53,6 +53,10 @@ CONFIGS: dict[str, Any] = {
         vocab_size=VOCAB, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, ffn_dim=48, init_std=0.3,
         max_position_embeddings=64, word_embed_proj_dim=32, pad_token_id=0,
     ),
+    "gptj": lambda: tf.GPTJConfig(
+        vocab_size=VOCAB, n_embd=32, n_layer=3, n_head=4, n_positions=64, rotary_dim=8, initializer_range=0.3,
+        pad_token_id=0, bos_token_id=2, eos_token_id=3,
+    ),
     "bert": lambda: tf.BertConfig(**_COMMON),
     "roberta": lambda: tf.RobertaConfig(**_COMMON),
     "electra": lambda: tf.ElectraConfig(**_COMMON, embedding_size=32),
@@ -88,7 +92,7 @@ def tokenizer(family: str) -> Any:
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer()
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    around = "$A" if family == "gpt2" else "[CLS] $A" if family in DECODERS else "[CLS] $A [SEP]"
+    around = "$A" if family == "gpt2" else "[CLS] $A" if family in (*DECODERS, "gptj") else "[CLS] $A [SEP]"
     around = "$A [SEP]" if family == "t5" else around
     backend.post_processor = processors.TemplateProcessing(
         single=around, pair=f"{around} $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]

@@ -21,6 +21,7 @@ from tests.peft.bases import DECODERS, ENCODERS, TEXTS, build, loaded, ours, the
 CASES = [
     *[("llama", "CAUSAL_LM", kind) for kind in KINDS],
     *[(family, "CAUSAL_LM", kind) for family in DECODERS[1:] for kind in ("prefix", "prompt")],
+    ("gptj", "CAUSAL_LM", "prompt"),  # no attention seam: its virtual tokens stay in the input
     *[("llama", "SEQ_CLS", kind) for kind in ("prefix", "prompt", "multitask")],
     *[("gpt2", "SEQ_CLS", kind) for kind in ("prefix", "prompt")],
     *[("bert", "SEQ_CLS", kind) for kind in KINDS],
