@@ -43,7 +43,8 @@ class Group:
     """Per row, new tokens."""
     heads: Sequence[int]
     """Per row, positions at the beginning of its slot that are its prefix."""
-    masks: dict[Any, Tensor | None] = field(default_factory=dict)
+    masks: dict[Any, Tensor] = field(default_factory=dict)
+    sent: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Find where every token belongs, once for all layers."""
@@ -56,14 +57,14 @@ class Group:
             for row, (start, count) in enumerate(zip(self.starts, self.counts, strict=True))
             for i in range(count)
         ]
-        self.rows, self.places = torch.tensor(pairs).T.unbind()
+        self.rows, self.places = torch.tensor(pairs).T.contiguous()
         self.numbers = self.places - torch.tensor(self.starts)[self.rows]
 
-    @property
-    def slots(self) -> Int[Tensor, " n"]:
-        """The slot of each token's row."""
-        slots: Tensor = self.rows + self.first
-        return slots
+    def places_on(self, device: torch.device) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
+        """Each token's slot and its position there; sent to a device once."""
+        if device not in self.sent:
+            self.sent[device] = (self.rows + self.first).to(device), self.places.to(device)
+        return self.sent[device]
 
     def padded(self, tokens: Float[Tensor, "H n D"]) -> Float[Tensor, "R H T D"]:
         """The tokens of each row as a row; behind its end something."""
@@ -175,7 +176,8 @@ class CachedAttention:
         **kwargs: Any,
     ) -> Float[Tensor, "n H E"]:
         keys, values = group.shelf.keys[layer], group.shelf.values[layer]
-        at = group.slots.to(key.device), slice(None), group.places.to(key.device)
+        slots, places = group.places_on(key.device)
+        at = slots, slice(None), places
         keys[at], values[at] = key.transpose(0, 1).to(keys.dtype), value.transpose(0, 1).to(values.dtype)
         window = slice(group.first, group.first + len(group.counts)), slice(None), slice(group.positions)
         mask = group.mask(self.windows.get(layer), query, required=required)

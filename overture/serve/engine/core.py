@@ -83,12 +83,13 @@ class Core:
             if not choice.finite:
                 self._fail(row, _not_finite())
                 continue
+            written = row.written
             try:
                 row.accept(choice, self._last)
             except Exception as error:
                 log_failure("a token could not be taken", error)
                 self._fail(row, as_failure(error))
-            self.completion_tokens += 1
+            self.completion_tokens += row.written - written
             if row.ended:
                 self.planner.leave(row)
 

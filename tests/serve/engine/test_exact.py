@@ -8,25 +8,37 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
 
 from overture.prompt import SoftPrompt
 from overture.serve.engine import Batcher, EngineConfig
 from overture.spec import ModelSpec
 from overture.store import PromptStore
-from tests.exactness.conftest import SHAPES, build
+from tests.exactness.conftest import _COMMON, SHAPES, build
 from tests.serve.conftest import quick_folder
 from tests.serve.engine.bench import GREEDY, TENANT, alone, ask, job, make_prompts, make_tokenizer
+
+
+def windowed() -> PreTrainedModel:
+    """A model whose windows end inside the texts."""
+    torch.manual_seed(1)
+    config = Gemma3TextConfig(
+        **_COMMON, sliding_window=6, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
+    )
+    config._attn_implementation = "sdpa"
+    return Gemma3ForCausalLM(config).double().eval().requires_grad_(False)
+
 
 TEXTS = ("w9 w10 w11 w12 w13 w14 w15 w16 w17 w18 w19 w20", "w21", "w22 w23 w24")
 CHOICES = [(), ("prefix5",), ("prefix2",), ("leading4",), ("leading3",), ("inside3",), ("prefix2", "leading4")]
 LOGPROB = 1e-9
 
 
-@pytest.fixture(scope="module", params=SHAPES)
+@pytest.fixture(scope="module", params=[*SHAPES, "short windows"])
 def model(request: pytest.FixtureRequest) -> PreTrainedModel:
-    model = build(request.param)
+    model = windowed() if request.param == "short windows" else build(request.param)
     # So random a model would end its answers by chance; here they end by length.
     model.generation_config.eos_token_id = None
     return model
