@@ -13,7 +13,7 @@ import torch
 
 from overture.cli._program import program
 from overture.cli._session import load_session
-from overture.cli._ui import Ui
+from overture.cli._ui import Ui, count
 from overture.errors import ConfigError
 from overture.serve import running
 from overture.serve.app import create_app
@@ -26,6 +26,9 @@ from overture.spec import ModelSpec
 from overture.store import Key, PromptStore
 
 __all__ = ["serve_here"]
+
+_OPENS = {"admin": "administrators", "metrics": "metrics", "tenant": "tenants"}
+"""What keys open, by their role."""
 
 
 def serve_here(
@@ -103,14 +106,16 @@ def _found(device: str) -> str:
 def _greet(ui: Ui, url: str, store: PromptStore, ring: KeyRing | None, config: ServeConfig, *, local: bool) -> None:
     """Say where the server is, what it has, who may ask, and how to let others in."""
     stats = store.stats()
-    ui.show(f"Serving {config.model_name} at {url}: {stats.prompts} prompts of {stats.tenants} tenants")
+    ui.show(
+        f"Serving {config.model_name} at {url}: {count(stats.prompts, 'prompt')} of {count(stats.tenants, 'tenant')}"
+    )
     if config.shared:
         ui.show(f"Everybody may use the prompts of {', '.join(config.shared)}")
     if ring is None:
         ui.show("No keys are asked for: whoever can reach this machine's loopback may use and change everything")
         return
     counts = Counter(key.role.value for key in ring.listed())
-    said = ", ".join(f"{number} {role}" for role, number in sorted(counts.items()))
+    said = ", ".join(f"{number} for {_OPENS[role]}" for role, number in sorted(counts.items()))
     ui.show(f"Keys: {said or f'none yet; make one: {program()} keys add TENANT --store PLACE'}")
     if local:
         ui.show("Only this machine can connect. For others, put a proxy with TLS in front: docs/serving.md shows how")
