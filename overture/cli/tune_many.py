@@ -183,6 +183,8 @@ def _describe(ui: Ui, everybody: Users, users: Users) -> None:
     found = f"{len(users):,} users" + (f", by the column {users.column!r}" if users.column else "")
     left_out = len(everybody) - len(users)
     ui.note(found + (f"; {left_out:,} left out, with too little" if left_out else ""))
+    if everybody.unnamed:
+        ui.note(f"Rows that name no user, and are left out: {len(everybody.unnamed):,}, such as {everybody.unnamed[0]}")
     if everybody.ignored:
         ui.note(f"Not rows, and left alone: {', '.join(everybody.ignored[:5])}{' ...' * (len(everybody.ignored) > 5)}")
 

@@ -99,10 +99,18 @@ class Users(Mapping[str, User]):
         users: them.
         column: the table's column that names the user; None for a folder.
         ignored: files of the folder that are nobody's rows.
+        unnamed: where the table's rows stand that name nobody, and are left out.
     """
 
-    def __init__(self, users: Mapping[str, User], *, column: str | None = None, ignored: tuple[str, ...] = ()) -> None:
-        self._users, self.column, self.ignored = dict(users), column, ignored
+    def __init__(
+        self,
+        users: Mapping[str, User],
+        *,
+        column: str | None = None,
+        ignored: tuple[str, ...] = (),
+        unnamed: tuple[str, ...] = (),
+    ) -> None:
+        self._users, self.column, self.ignored, self.unnamed = dict(users), column, ignored, unnamed
 
     @classmethod
     def open(cls, path: str | PathLike[str], column: str | None = None) -> Users:
@@ -113,7 +121,7 @@ class Users(Mapping[str, User]):
             column: the table's column that names the user; None for the one of `USER_COLUMNS` that it has.
 
         Raises:
-            DataError: neither, nobody in it, or rows that are nobody's; the first five are shown.
+            DataError: neither, nobody in it, or rows that cannot be read; the first five are shown.
             ConfigError: no such column, several that could be meant, or a name that no user can have.
         """
         path = Path(path)
@@ -127,13 +135,13 @@ class Users(Mapping[str, User]):
         kept = {
             n: user for n, user in self._users.items() if not sizes or (sizes[n][0] >= rows and sizes[n][1] >= words)
         }
-        return Users(kept, column=self.column, ignored=self.ignored)
+        return Users(kept, column=self.column, ignored=self.ignored, unnamed=self.unnamed)
 
     def only(self, names: Iterable[str]) -> Users:
         """Those of these names."""
         wanted = set(names)
         kept = {name: user for name, user in self._users.items() if name in wanted}
-        return Users(kept, column=self.column, ignored=self.ignored)
+        return Users(kept, column=self.column, ignored=self.ignored, unnamed=self.unnamed)
 
     def __getitem__(self, name: str) -> User:
         return self._users[name]
@@ -181,11 +189,15 @@ def _table(path: Path, column: str | None) -> Users:
     table = open_table(path)
     found: dict[str, UserRows] = {}
     bad: list[BadRow] = []
+    unnamed: list[str] = []
     for record in table.scan():
         if not isinstance(record.value, Mapping):
             bad.append((record.where, _unreadable(record.value)))
             continue
         column = column or _column(record.value, path)
+        if record.value.get(column) in (None, ""):
+            unnamed.append(record.where)
+            continue
         try:
             name = _name(record.value, column)
         except DataError as error:
@@ -194,17 +206,20 @@ def _table(path: Path, column: str | None) -> Users:
             found.setdefault(name, UserRows(table)).add(record, column)
     raise_bad_rows(bad)
     if not found:
-        raise DataError(expected="at least one row", got=f"none in {path}", do="add rows, or name another file")
-    return Users(found, column=column)
+        where = f"none in {path}" + (f", {len(unnamed)} rows of which name nobody in {column!r}" if unnamed else "")
+        raise DataError(
+            expected="at least one row of a user", got=where, do="add rows, or choose another column (--user-column)"
+        )
+    return Users(found, column=column, unnamed=tuple(unnamed))
 
 
 def _name(row: Mapping[str, Any], column: str) -> str:
     value = row.get(column)
-    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+    if isinstance(value, bool) or not isinstance(value, str | int):
         raise DataError(
-            expected=f"a user's name in the column {column!r} of every row",
-            got=f"none (columns {', '.join(map(str, row))})" if value is None else repr(value),
-            do="fill the column, or choose another with --user-column",
+            expected=f"a user's name, or nothing, in the column {column!r} of every row",
+            got=repr(value)[:40],
+            do="correct the column, or choose another with --user-column",
         )
     return _user(str(value))
 

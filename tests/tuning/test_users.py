@@ -130,7 +130,7 @@ def test_the_column_is_found_or_asked_for(tmp_path: Path) -> None:
     [
         ("t.jsonl", '{"user": "a", "text": "x"}\n{"user": \n', ["t.jsonl:2", "valid JSON"]),
         ("t.jsonl", '{"user": "a", "text": "x"}\n[1]\n', ["t.jsonl:2", "an object"]),
-        ("t.jsonl", '{"user": "a"}\n{"text": "x"}\n', ["t.jsonl:2", "'user'", "columns text"]),
+        ("t.jsonl", '{"user": ""}\n{"text": "x"}\n{"user": null}\n', ["at least one row", "3 rows", "'user'"]),
         ("t.jsonl", '{"user": "a"}\n{"user": true}\n', ["t.jsonl:2", "True"]),
         ("t.jsonl", '{"user": "a/b"}\n', ["t.jsonl:1", "'/'"]),
         ("t.jsonl", "\n", ["at least one row"]),
@@ -145,6 +145,19 @@ def test_rows_that_are_nobodys_are_named(tmp_path: Path, name: str, text: str, w
     with pytest.raises(DataError) as caught:
         Users.open(tmp_path / name)
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_rows_that_name_nobody_are_left_out_and_counted(tmp_path: Path) -> None:
+    rows = [
+        {"user": "a", "text": "x"},
+        {"user": None, "text": "y"},
+        {"user": "", "text": "z"},
+        {"user": "b", "text": "w"},
+    ]
+    for suffix in SUFFIXES:
+        users = Users.open(write(tmp_path / f"t.{suffix}", rows))
+        assert list(users) == ["a", "b"]
+        assert len(users.unnamed) == 2
 
 
 def test_bad_bytes_are_named_by_their_line(tmp_path: Path) -> None:
