@@ -53,7 +53,7 @@ def parse_bytes(memory: int | str) -> int:
 
 def row_bytes(trainee: Trainee) -> int:
     """Bytes of a prompt's encoded rows, which are in host memory."""
-    return _BYTES_PER_TOKEN * sum(len(example) for example in (*trainee.train, *trainee.dev))
+    return _BYTES_PER_TOKEN * trainee.num_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +71,7 @@ def measured(model: PreTrainedModel, task: Task, trainee: Trainee, filler: int) 
 
     Takes one step of two copies of the prompt, on its longest row; the prompt itself stays as it is.
     """
-    longest, half = max(trainee.train, key=len), max(1, trainee.config.batch_size // 2)
+    longest, half = trainee.longest, max(1, trainee.config.batch_size // 2)
     copies = [_copied(trainee), _copied(trainee)]
 
     def run(prompts: int, rows: int) -> Callable[[], object]:

@@ -45,8 +45,11 @@ class Budget:
     def taken(self, trainees: Collection[Trainee]) -> float:
         """Bytes that prompts take at least: all that they hold, and the largest of their passes or a checkpoint."""
         largest = max((self.cost.bytes(largest_step(one)) for one in trainees), default=0.0)
-        saved = self.holding.saved * sum(map(parameter_bytes, trainees)) * _COPIES if self.checkpoints else 0.0
-        return _ALLOCATOR * (self.held(trainees) + max(largest, saved))
+        return _ALLOCATOR * (self.held(trainees) + max(largest, self.saving(trainees)))
+
+    def saving(self, trainees: Collection[Trainee]) -> float:
+        """Bytes that writing a checkpoint of prompts takes for a while."""
+        return self.checkpoints * _COPIES * self.holding.saved * sum(map(parameter_bytes, trainees))
 
     def held(self, trainees: Collection[Trainee]) -> float:
         """Bytes of tensors and rows that prompts hold all the time."""
@@ -101,18 +104,17 @@ def planned(
     cost, holding = measured(model, task, trainee, filler)
     counts_rows = execution_device(model).type == "cpu"
     budget = Budget(memory=memory, cost=cost, holding=holding, counts_rows=counts_rows, checkpoints=checkpoints)
-    alone = largest_step(trainee)
     if not budget.fits([trainee]):
         error = too_large(trainee, Plan(slots=1, budget=budget))
         raise ConfigError(expected=error.expected, got=f"{error.got} ({trainee.name!r})", do=error.do)
-    most = 1
-    while (
-        most < slots
-        and budget.fits([trainee] * (most + 1))
-        and budget.room([trainee] * (most + 1))(Size(most + 1, (most + 1) * alone.rows, alone.longest))
-    ):
-        most += 1
-    return Plan(slots=most, budget=budget)
+    step, held, saving = largest_step(trainee), budget.held([trainee]), budget.saving([trainee])
+
+    def taken(count: int) -> float:
+        """By so many prompts like this one, all in one pass."""
+        passing = cost.bytes(Size(count, count * step.rows, step.longest))
+        return _ALLOCATOR * (count * held + max(passing, count * saving))
+
+    return Plan(slots=next((n for n in range(1, slots) if taken(n + 1) > memory), slots), budget=budget)
 
 
 def too_large(trainee: Trainee, plan: Plan) -> DataError:
@@ -128,7 +130,7 @@ def too_large(trainee: Trainee, plan: Plan) -> DataError:
 
 def largest_step(trainee: Trainee) -> Size:
     """The largest pass that a prompt may ask for by itself."""
-    return Size(1, min(trainee.config.batch_size, len(trainee.train)), max(map(len, trainee.train)))
+    return Size(1, min(trainee.config.batch_size, len(trainee.train)), len(trainee.longest))
 
 
 def in_megabytes(count: float) -> str:

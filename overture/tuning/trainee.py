@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -72,6 +73,16 @@ class Trainee:
         self.frozen_loss = math.nan
         self.finished: str | None = None
         self.seconds = 0.0
+
+    @cached_property
+    def num_tokens(self) -> int:
+        """Tokens of all its rows."""
+        return sum(len(example) for example in (*self.train, *self.dev))
+
+    @cached_property
+    def longest(self) -> Example:
+        """The row with the most tokens."""
+        return max(self.train, key=len)
 
     def batches(self) -> list[list[Example]]:
         """The rows of the next step, one list per forward pass."""

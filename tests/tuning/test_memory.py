@@ -75,9 +75,7 @@ def test_passes_hold_everything_once_and_fit_wherever_that_is_possible(sizes, ro
         assert groups == [list(range(len(sizes)))]  # in their own order, as without a budget
 
 
-@pytest.mark.parametrize(
-    "name", [n if n in ("raw", "inside") else pytest.param(n, marks=pytest.mark.slow) for n in METHODS]
-)
+@pytest.mark.parametrize("name", [n if n == "raw" else pytest.param(n, marks=pytest.mark.slow) for n in METHODS])
 def test_a_run_stays_within_its_budget_and_uses_it(name, model, tokenizer, rows):
     """Oracle: the bytes of all tensors that live at one time in the run."""
     data = {f"{i}": rows("red ship", 5 + i % 3) for i in range(8)}

@@ -65,15 +65,16 @@ def alone(exact, tokenizer):
 
 
 def test_users_join_finish_and_fail_at_different_times(exact, tokenizer, rows, alone):
-    """Invariant 5, for every method: 14 users in 3 slots, two of which cannot train and one that diverges."""
+    """Invariant 5, for every method: 11 users in 3 slots, of whom two cannot train and one diverges."""
     broken = replace(METHODS["raw"], num_virtual_tokens=2)
     answers = ["red ship", "tea", "one two", "blue cup", "a", "the tea"]
-    data = {f"{m} {i}": rows(answers[(i + n) % 6], 5 + 3 * i + n) for n, m in enumerate(METHODS) for i in range(2)}
+    names = [*(f"{method} 0" for method in METHODS), "raw 1", "prompt 1"]
+    data = {name: rows(answers[i % 6], 5 + i) for i, name in enumerate(names)}
     dev = {name: rows(answers[i % 5], 3 + i % 4) for i, name in enumerate(data) if i % 3}
     methods = {name: METHODS[name.rpartition(" ")[0]] for name in data}
     order = list(data)
     for place, (name, source) in enumerate({"empty": [], "diverges": rows("red"), "long": rows("red " * 200)}.items()):
-        order.insert(2 + 3 * place, name)
+        order.insert(2 + 2 * place, name)
         data[name], methods[name] = source, broken
     events = []
 
@@ -104,7 +105,7 @@ def test_users_join_finish_and_fail_at_different_times(exact, tokenizer, rows, a
     # What the test is worth: users stood at different steps, and some stopped early.
     together = [set(event.losses) for event in events if isinstance(event, StepDone)]
     assert max(map(len, together)) == 3
-    assert len({frozenset(names) for names in together}) > 6
+    assert len({frozenset(names) for names in together}) > 4
     assert {result.stop_reason for result in results.values()} == {"steps", "early stop"}
     # First come, first served; a free slot is taken before the next step.
     assert [event.name for event in events if isinstance(event, Started)] == [
