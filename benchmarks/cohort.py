@@ -12,8 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -21,27 +20,20 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import torch
 from common.machine import command, device, facts, table
-from common.peft_loop import Batch, PeftTrainee, batch_of
+from common.rounds import STEPS, Round, Times, ratio
 from common.rows import messages, restaurants
-from torch.nn.functional import cross_entropy, pad
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import overture as ov
 from overture.methods import Method
-from overture.tuning.batches import BatchOrder
 from overture.tuning.data import load_rows
 from overture.tuning.events import Event, StepDone
-from overture.tuning.example import TextExample
 from overture.tuning.examples import encode_rows
 from overture.tuning.tasks import TASKS, Form
 
 REPORT = Path(__file__).parent / "reports" / "cohort.md"
-STEPS = 3
-"""Of every side in a round."""
-WARM = 3
-"""Steps before the first round."""
-ROWS = 24
+ROWS = 16
 """Per user."""
 METHODS: dict[str, Method] = {
     "prefix": ov.PrefixTuning(num_virtual_tokens=16, reparameterization=False),
@@ -59,104 +51,6 @@ tune the same rows in the same batches (fused AdamW, clipping, length 16 for pre
 model reads the same rows in one padded batch, for prompts with their 20 tokens in every row: forward to the learned
 positions alone, and backward to its input embeddings; 1.00 is its speed. Preparing users and measuring them before and
 after is not counted on any side."""
-
-
-@dataclass(slots=True)
-class Times:
-    """Seconds per step, one number a round: of all users together, of all one by one, and of the frozen model."""
-
-    cohort: list[float] = field(default_factory=list)
-    peft: list[float] = field(default_factory=list)
-    bare: list[float] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    """Real tokens of a step."""
-    shares: dict[str, float] = field(default_factory=dict)
-    """Of a cohort's step, by what it goes to."""
-
-
-def wait() -> None:
-    """Until the device is done."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def timed(work: Callable[[], object]) -> float:
-    """Seconds that `work` takes."""
-    wait()
-    began = time.perf_counter()
-    work()
-    wait()
-    return time.perf_counter() - began
-
-
-def bare_pass(model: PreTrainedModel, batch: Batch, ahead: int) -> None:
-    """The frozen model alone: forward to the positions that are learned, and backward to its input embeddings.
-
-    With `ahead` tokens in front of every row, for methods whose virtual tokens the model reads.
-    """
-    front = {"input_ids": 5, "attention_mask": 1, "labels": -100}
-    ids, mask, labels = (pad(batch[name], (ahead, 0), value=value) for name, value in front.items())
-    embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
-    hidden = model.base_model(inputs_embeds=embedded, attention_mask=mask, use_cache=False)[0]
-    learned = labels[:, 1:] != -100
-    logits = model.get_output_embeddings()(hidden[:, :-1][learned])
-    cross_entropy(logits.float(), labels[:, 1:][learned]).backward()
-
-
-class Round:
-    """Listens to a cohort, and lets the other sides run between its steps."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        method: Method,
-        examples: Sequence[Sequence[TextExample]],
-        batch_size: int,
-        rounds: int,
-    ) -> None:
-        self.model, self.times = model, Times()
-        self.ahead = 0 if isinstance(method, ov.PrefixTuning) else method.num_virtual_tokens
-        self.orders = [BatchOrder(rows, batch_size, 0) for rows in examples]
-        # A PEFT model patches its base model, so Overture's side has one of its own.
-        self.others = [PeftTrainee(model, method, 1e-3) for _ in examples]
-        self.last_step = WARM + rounds * STEPS
-        self.profile_from = WARM + STEPS * (rounds // 2)
-        self.began = 0.0
-
-    def __call__(self, event: Event) -> None:
-        """After every step of the cohort."""
-        if not isinstance(event, StepDone):
-            return
-        wait()
-        ended, number = time.perf_counter(), event.step
-        if number == WARM:
-            self._others([0])  # warms up
-        elif number > WARM and (number - WARM) % STEPS == 0:
-            steps = range(number - STEPS, number)
-            self.times.cohort.append((ended - self.began) / STEPS)
-            self._others(steps)
-        if number >= WARM and (number - WARM) % STEPS == 0:
-            wait()
-            self.began = time.perf_counter()
-
-    def _others(self, steps: Sequence[int]) -> None:
-        warm = len(steps) == 1
-        target = self.model.device
-        batches = [[order.batch(step) for step in steps] for order in self.orders]
-        alone = [[batch_of(batch, target) for batch in own] for own in batches]
-        joined = [batch_of([row for own in batches for row in own[i]], target) for i in range(len(steps))]
-
-        def one_by_one() -> None:
-            for trainee, own in zip(self.others, alone, strict=True):
-                for batch in own:
-                    trainee.step(batch)
-
-        peft = timed(one_by_one) / len(steps)
-        bare = timed(lambda: [bare_pass(self.model, batch, self.ahead) for batch in joined]) / len(steps)
-        if not warm:
-            self.times.peft.append(peft)
-            self.times.bare.append(bare)
-            self.times.tokens.append(sum(int(batch["attention_mask"].sum()) for batch in joined) // len(steps))
 
 
 class Shares:
@@ -201,7 +95,7 @@ def _shares(measured: profile, wall: float) -> dict[str, float]:
     return shares
 
 
-def measure(text: str, name: str, batch_size: int, users: int, rounds: int) -> Times:
+def measure(text: str, name: str, batch_size: int, users: int, rounds: int) -> tuple[Times, dict[str, float]]:
     """Tune a cohort beside the others."""
     (model, tokenizer), (other, _) = load(), load()
     data = {f"user-{i}": TEXTS[text](ROWS, i) for i in range(users)}
@@ -216,8 +110,7 @@ def measure(text: str, name: str, batch_size: int, users: int, rounds: int) -> T
     tuned(listener.last_step, listener)
     shares = Shares(3, 6)
     tuned(6, shares)
-    listener.times.shares = shares.found
-    return listener.times
+    return listener.times, shares.found
 
 
 def load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -226,15 +119,10 @@ def load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model.float().requires_grad_(False).to(device()), tokenizer
 
 
-def ratio(above: Sequence[float], below: Sequence[float]) -> float:
-    """Median of the rounds' ratios."""
-    return median(a / b for a, b in zip(above, below, strict=True))
-
-
-def render(measured: dict[tuple[str, str, int], Times], users: int, rounds: int) -> str:
+def render(measured: dict[tuple[str, str, int], tuple[Times, dict[str, float]]], users: int, rounds: int) -> str:
     """The report."""
     lines, shares = [], []
-    for (text, name, batch_size), times in measured.items():
+    for (text, name, batch_size), (times, found) in measured.items():
         step, faster = median(times.cohort), ratio(times.peft, times.cohort)
         lines.append(
             (
@@ -251,9 +139,9 @@ def render(measured: dict[tuple[str, str, int], Times], users: int, rounds: int)
                 f"{ratio(times.bare, times.cohort):.2f}",
             )
         )
-        shares.append((text, name, str(batch_size), *(f"{100 * share:.0f} %" for share in times.shares.values())))
+        shares.append((text, name, str(batch_size), *(f"{100 * share:.0f} %" for share in found.values())))
     head = ("text", "method", "rows per user and step", "tokens/s", "cohort", "PEFT, one by one", "frozen model")
-    kinds = next(iter(measured.values())).shares
+    kinds = next(iter(measured.values()))[1]
     return "\n".join(
         [
             f"# {users} users together, and one after another",
