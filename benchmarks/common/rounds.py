@@ -100,7 +100,7 @@ class Round:
         wait()
         ended, number = time.perf_counter(), event.step
         if number == WARM:
-            self._others([0])  # warms up
+            self._others(range(1), kept=False)  # warms up
         elif number > WARM and (number - WARM) % STEPS == 0:
             steps = range(number - STEPS, number)
             self.times.cohort.append((ended - self.began) / STEPS)
@@ -109,8 +109,7 @@ class Round:
             wait()
             self.began = time.perf_counter()
 
-    def _others(self, steps: Sequence[int]) -> None:
-        warm = len(steps) == 1
+    def _others(self, steps: Sequence[int], *, kept: bool = True) -> None:
         target = self.model.device
         batches = [[order.batch(step) for step in steps] for order in self.orders]
         alone = [[batch_of(batch, target) for batch in own] for own in batches]
@@ -123,7 +122,7 @@ class Round:
 
         peft = timed(lambda: one_by_one(alone)) / len(steps)
         bare = timed(lambda: [bare_pass(self.model, batch, self.ahead) for batch in joined]) / len(steps)
-        if not warm:
+        if kept:
             self.times.peft.append(peft)
             self.times.bare.append(bare)
             if self.shuffled:
