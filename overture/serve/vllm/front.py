@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from overture.errors import UnsupportedModelError
 from overture.prompt import BaseModelId, KVPrefix, SoftPrompt
 from overture.serve.directory import Directory
 from overture.serve.keys import FILE, Caller, KeyRing
@@ -98,10 +97,14 @@ def _require_servable(prompt: SoftPrompt, address: str) -> None:
     if not isinstance(prompt.value, KVPrefix):
         expected, got, do = "keys and values", "virtual tokens", f"run `overture store compile {bare}`"
     elif prompt.value.parts is not None:
-        expected, got = "a prompt of a decoder", "one of an encoder-decoder"
+        expected, got = "prompts of decoders", "one of an encoder-decoder"
     elif prompt.head is not None:
-        expected, got = "a prompt for writing", "one with a head that classifies"
+        expected, got = "prompts for writing", "one with a head that classifies"
     elif prompt.template is not None and prompt.template.reading:
-        expected, got = "a prompt that stands before the text as it is", f"the template {prompt.template.source!r}"
+        expected, got = (
+            "prompts that stand before the text as it is",
+            f"one with the template {prompt.template.source!r}",
+        )
     if expected:
-        raise UnsupportedModelError(expected=f"{expected}, to serve {address} with vLLM", got=got, do=do)
+        message = f"vLLM serves {expected}; {address} is {got}. {do[:1].upper()}{do[1:]}."
+        raise Refusal(400, message, code="unsupported", param="model")
