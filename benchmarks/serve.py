@@ -73,20 +73,24 @@ def make_prompt(spec: ModelSpec, seed: int, length: int) -> SoftPrompt:
 
 def ask(batcher: Batcher, names: Sequence[str | None], texts: Sequence[tuple[int, ...]], new: int) -> float:
     """Answer all requests, which come at once; the seconds it takes."""
-    left, over = [len(names)], threading.Event()
+    ended: list[Ended] = []
+    over = threading.Event()
 
     def deliver(event: Event) -> None:
         if isinstance(event, Ended):
-            assert event.reason == "length", event
-            left[0] -= 1
-            if not left[0]:
+            ended.append(event)
+            if len(ended) == len(names):
                 over.set()
 
     start = time.perf_counter()
     for number, name in enumerate(names):
         batcher.submit(request(name, texts[number % len(texts)], new), deliver)
     over.wait()
-    return time.perf_counter() - start
+    took = time.perf_counter() - start
+    wrong = [event for event in ended if event.reason != "length"]
+    if wrong:
+        raise SystemExit(f"{len(wrong)} requests failed, the first with {wrong[0]}")
+    return took
 
 
 def request(name: str | None, text: tuple[int, ...], new: int) -> Job:
