@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Annotated, Literal
 
@@ -14,6 +15,7 @@ from overture.errors import ConfigError
 
 __all__ = ["serve"]
 
+_CACHE_MB = 2048
 _LIBRARIES = ("fastapi", "prometheus_client", "sse_starlette", "uvicorn")
 
 
@@ -39,7 +41,7 @@ def serve(
         str, typer.Option(help="Where the model runs: 'cpu', 'cuda', 'cuda:1'; 'auto' takes a GPU if there is one.")
     ] = "auto",
     rows: Annotated[int, typer.Option(help="Answers that the engine writes at once.", min=1)] = 64,
-    cache_mb: Annotated[int, typer.Option(help="Keys and values of all answers, in megabytes.", min=1)] = 2048,
+    cache_mb: Annotated[int, typer.Option(help="Keys and values of all answers, in megabytes.", min=1)] = _CACHE_MB,
     requests_per_minute: Annotated[int, typer.Option(help="Requests of one tenant.", min=1)] = 1200,
     concurrency: Annotated[int, typer.Option(help="Answers of one tenant under way or waiting.", min=1)] = 64,
     queue: Annotated[int, typer.Option(help="Answers of all tenants under way or waiting.", min=1)] = 1024,
@@ -62,6 +64,7 @@ def serve(
 ) -> None:
     """Serve a base model and the prompts of a store to clients of OpenAI's API."""
     _check_libraries(engine)
+    _check_engine(engine, {"--device": device != "auto", "--cache-mb": cache_mb != _CACHE_MB}, {"--vllm": bool(vllm)})
     from overture.serve.gate import is_loopback
 
     if no_auth and not is_loopback(host):
@@ -114,4 +117,15 @@ def _check_libraries(engine: str) -> None:
     if missing:
         raise ConfigError(
             expected="the libraries of a server", got=f"no {', '.join(missing)}", do=f"pip install 'overture[{extra}]'"
+        )
+
+
+def _check_engine(engine: str, here: Mapping[str, bool], vllm: Mapping[str, bool]) -> None:
+    """Raise `ConfigError` for an option of the other engine, which nobody would heed."""
+    given = [option for option, asked in (here if engine == "vllm" else vllm).items() if asked]
+    if given:
+        raise ConfigError(
+            expected=f"options of --engine {engine}",
+            got=", ".join(given),
+            do="pass vLLM's own with --vllm=ARGUMENT" if engine == "vllm" else "leave it out, or add --engine vllm",
         )

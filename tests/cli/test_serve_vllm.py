@@ -24,3 +24,8 @@ def test_options_that_vllm_would_not_heed_are_refused(
     monkeypatch.setattr(command, "find_spec", lambda name: name)
     given = ("serve", "--engine", "vllm", "--store", str(tmp_path), "--rows", "4", "--queue", "3")
     check(run(*given, "--drain-seconds", "2"), 2, "queue, drain_seconds")
+    check(run(*given[:3], "--device", "cpu", "--cache-mb", "64"), 2, "--device, --cache-mb", "--vllm=")
+
+
+def test_options_of_vllm_are_refused_without_it(run: Run) -> None:
+    check(run("serve", "--vllm=--tensor-parallel-size=2"), 2, "--vllm", "--engine vllm")
