@@ -33,6 +33,7 @@ from overture.tuning.tasks import Form, task_for
 HERE = Path(__file__).parent
 REPORT = HERE / "reports" / "users.md"
 PICTURE = HERE.parent / "docs" / "pictures" / "users.png"
+DATA = HERE.parents[1] / "shared" / "data"
 SPEECHES = "users/shakespeare_speeches.jsonl"
 WORDS = 1000
 PIECE = 48
@@ -213,11 +214,15 @@ def render(
 def main() -> None:
     """Tune, measure, draw and write the report."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help=f"folder that holds {SPEECHES}")
+    parser.add_argument("--data", type=Path, default=DATA, help=f"folder that holds {SPEECHES}")
     parser.add_argument("--out", type=Path, default=REPORT, help="report to write")
     parser.add_argument("--picture", type=Path, default=PICTURE, help="picture to write")
     parser.add_argument("--every", type=int, default=1, help="take every n-th user only, to try the script")
     arguments = parser.parse_args()
+
+    if not (arguments.data / SPEECHES).exists():
+        print(f"skipped: no {SPEECHES} in {arguments.data}; name its folder with --data")
+        return
 
     users = ov.Users.open(arguments.data / SPEECHES, "speaker")
     large = users.at_least(words=WORDS)
