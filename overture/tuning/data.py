@@ -14,7 +14,18 @@ from typing import Any
 from overture.errors import DataError
 from overture.runtime.chat import short
 
-__all__ = ["SUFFIXES", "BadRow", "Row", "Source", "csv_header", "csv_row", "load_rows", "parse_json", "raise_bad_rows"]
+__all__ = [
+    "SUFFIXES",
+    "BadRow",
+    "Row",
+    "Source",
+    "csv_header",
+    "csv_reader",
+    "csv_row",
+    "load_rows",
+    "parse_json",
+    "raise_bad_rows",
+]
 
 SHOWN = 5
 _SHOWN_CHARACTERS = 40
@@ -218,9 +229,8 @@ def _tsv(path: Path) -> Iterator[Raw]:
 
 
 def _table(path: Path, dialect: type[csv.Dialect]) -> Iterator[Raw]:
-    csv.field_size_limit(_LONGEST_CELL)
     lines = _text(path).replace("\r\n", "\n").split("\n")
-    reader = csv.reader((line + "\n" for line in lines), dialect, strict=True)
+    reader = csv_reader((line + "\n" for line in lines), dialect)
     header: list[str] | None = None
     while True:
         where = f"{path}:{reader.line_num + 1}"
@@ -238,6 +248,12 @@ def _table(path: Path, dialect: type[csv.Dialect]) -> Iterator[Raw]:
             header = csv_header(cells, where)
         else:
             yield where, csv_row(header, cells)
+
+
+def csv_reader(lines: Iterable[str], dialect: type[csv.Dialect]) -> Any:
+    """A reader of cells of any length, from lines that end in a line break."""
+    csv.field_size_limit(_LONGEST_CELL)
+    return csv.reader(lines, dialect, strict=True)
 
 
 def csv_row(header: Sequence[str], cells: Sequence[str]) -> object:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from overture.errors import DataError
-from overture.tuning.data import SUFFIXES, Row, csv_header, csv_row, load_rows, parse_json
+from overture.tuning.data import SUFFIXES, Row, csv_header, csv_reader, csv_row, load_rows, parse_json
 
 __all__ = ["Place", "Record", "Table", "open_table"]
 
@@ -109,7 +109,7 @@ class Separated(Table):
         """Every row behind the header. A row may have line breaks inside quotes."""
         with self.path.open("rb") as file:
             lines = _Lines(file, self.path)
-            reader = csv.reader(lines, self.dialect, strict=True)
+            reader = csv_reader(lines, self.dialect)
             self.header = []
             while True:
                 place, lines.taken = Place(lines.offset, lines.number + 1), b""
@@ -133,7 +133,7 @@ class Separated(Table):
             for place in places:
                 file.seek(place.offset)
                 lines = _Lines(file, self.path, offset=place.offset)
-                yield csv_row(self.header, next(csv.reader(lines, self.dialect, strict=True)))
+                yield csv_row(self.header, next(csv_reader(lines, self.dialect)))
 
 
 class Parquet(Table):
