@@ -111,7 +111,7 @@ def tune_many(
     slots: int | None = None,
     memory: int | str | None = None,
     on_result: Handover | None = None,
-    done: Collection[str] = (),
+    done: Collection[str] | None = None,
     run_dir: str | PathLike[str] | None = None,
     resume: bool = False,
     on_event: Listener | None = None,
@@ -138,7 +138,9 @@ def tune_many(
             There are as many slots as it allows, found out on a step of the first prompt. None for no limit.
         on_result: called with every result at the moment its prompt has finished; the results are then not kept.
             None to return them all.
-        done: names in `data` that are not to be trained, because their results exist already.
+        done: names in `data` that are not to be trained, because their results exist already. Who is not among them is
+            trained, also if the checkpoint in `run_dir` knows that their result was handed over. None if nobody but
+            the checkpoint knows.
         run_dir: folder for checkpoints; None for none.
         resume: go on from the checkpoint in `run_dir`, if there is one. Prompts that it knows as finished are not
             trained again; those in training go on where they stood.

@@ -84,12 +84,13 @@ class Cohort:
         """Results that were not handed over."""
         return {name: one.result for name, one in self.ended.items() if one.result is not None}
 
-    def run(self, names: Iterable[str], *, done: Collection[str] = (), resume: bool = False) -> None:
+    def run(self, names: Iterable[str], *, done: Collection[str] | None = None, resume: bool = False) -> None:
         """Train until every prompt has finished or failed.
 
         Args:
             names: the prompts, in the order in which they are to have a slot.
-            done: those among them that are not to be trained, because their results exist elsewhere.
+            done: those among them that are not to be trained, because their results exist elsewhere; None if only the
+                checkpoint knows.
             resume: go on from the checkpoint, if there is one.
 
         Raises:
@@ -99,7 +100,7 @@ class Cohort:
         began = time.perf_counter()
         save_every = self.config.checkpoint_every or max(self.config.steps // 10, 1)
         with frozen(self.model):
-            self._line_up(names, set(done), resume)
+            self._line_up(names, done, resume)
             self._fill()
             while self.running:
                 turn_began = time.perf_counter()
@@ -115,28 +116,31 @@ class Cohort:
                 if self.turn % save_every == 0 or not self.running:
                     self._save()
 
-    def _line_up(self, names: Iterable[str], done: Collection[str], resume: bool) -> None:
+    def _line_up(self, names: Iterable[str], done: Collection[str] | None, resume: bool) -> None:
         """Take up the checkpoint, and line up those that are still to be trained."""
-        wanted = dict.fromkeys(name for name in names if name not in done)
+        elsewhere = set(done or ())
+        wanted = dict.fromkeys(name for name in names if name not in elsewhere)
         paused: dict[str, Paused] = {}
         if resume and self.checkpoint is not None and self.checkpoint.exists():
             saved = load_checkpoint(self.checkpoint, self.identity)
             self.turn, self.failures, self.ended = saved.turn, dict(saved.failures), dict(saved.ended)
             if (saved.slots, saved.memory) == (self.slots, self.memory):
                 self.plan = saved.plan
-            paused = {name: one for name, one in saved.running.items() if name not in done}
+            paused = {name: one for name, one in saved.running.items() if name not in elsewhere}
             for name in paused:
                 if name not in wanted:
                     raise other_run(self.checkpoint, name)
-            for name in self.results:
-                if name in wanted:
+            for name in [name for name in self.ended if name in wanted]:
+                if done is not None and self.ended[name].result is None:
+                    del self.ended[name]  # it was handed over, and whoever took it does not have it
+                else:
                     self._confirm(name, self.checkpoint)
         over = {*self.ended, *self.failures}
         left = [name for name in wanted if name not in over]
         self.waiting = Waiting(left, self.open_trainee, paused, self.checkpoint)
 
     def _confirm(self, name: str, checkpoint: Path) -> None:
-        """See that a result from a checkpoint, to be given out again, is what today's rows would give."""
+        """See that a result that a checkpoint knows is what today's rows would give."""
         try:
             trainee = self.open_trainee(name)
         except OvertureError:

@@ -111,6 +111,25 @@ def test_results_that_were_handed_over_are_not_repeated(model, tokenizer, users,
             torch.testing.assert_close(result.prompt.tensors()[key], tensor, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("rows_changed", [False, True])
+def test_who_was_handed_over_and_is_not_done_is_trained_again(model, tokenizer, users, rows, tmp_path, rows_changed):
+    """As when their rows changed, or their prompt was deleted from the store, between two runs. Oracle: tuned alone."""
+    options = {"config": CONFIG, "slots": 1, "run_dir": tmp_path}
+    with pytest.raises(Stop):
+        tune_many(model, tokenizer, METHOD, users, on_result=lambda result: None, on_event=stopped_at(8), **options)
+    if rows_changed:
+        users["0"] = rows("blue")
+        with pytest.raises(CheckpointError, match="differs in '0'"):  # with nobody but the checkpoint to ask
+            tune_many(model, tokenizer, METHOD, users, on_result=lambda result: None, resume=True, **options)
+    taken = {}
+    tune_many(
+        model, tokenizer, METHOD, users, on_result=lambda r: taken.update({r.name: r}), done=[], resume=True, **options
+    )
+    assert set(taken) == set(users)
+    alone = tune_many(model, tokenizer, METHOD, {"0": users["0"]}, config=CONFIG)["0"]
+    assert taken["0"].train_curve == alone.train_curve
+
+
 def test_fewer_slots_lose_nothing(model, tokenizer, users, tmp_path):
     """Four users half way, resumed in one slot, stopped again, and resumed in four. Oracle: never stopped."""
     model = model.double()

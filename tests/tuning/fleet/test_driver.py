@@ -224,3 +224,22 @@ def test_a_stopped_driver_goes_on(load: Any, users: dict[str, Any], tmp_path: Pa
     second = Run(load)
     second(users, run_dir=tmp_path, resume=True, done=done)
     same([*first.results, *second.results], load, users)
+
+
+def test_who_is_not_done_is_tuned_again_whatever_a_checkpoint_says(
+    load: Any, users: dict[str, Any], tmp_path: Path
+) -> None:
+    """As when prompts were deleted from the store between two runs."""
+    first = Run(load)
+
+    def stop(event: Event) -> None:
+        if isinstance(event, StepDone) and first.results and event.step > 8:  # a checkpoint knows who was handed over
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        first(users, run_dir=tmp_path, on_event=stop, workers=1, slots=1)
+    for worker in first.crew.workers.values():
+        worker._said = _Silent()  # type: ignore[assignment] # they end with their driver
+    second = Run(load)
+    second(users, run_dir=tmp_path, resume=True, done=set())
+    same(second.results, load, users)
