@@ -23,7 +23,7 @@ from overture.spec.modules import (
     text_encoder,
     unwrapped,
 )
-from overture.spec.probe import AttentionLayer, first_position, meets_in_attention_only, record
+from overture.spec.probe import AttentionLayer, first_position, hands_on_masks, meets_in_attention_only, record
 from overture.spec.settled import once_settled
 
 __all__ = ["ModelSpec"]
@@ -134,7 +134,10 @@ def _probe(model: PreTrainedModel) -> ModelSpec:
         first = first_position(model, layers)
         causal = bool(layers) and all(layer.causal for layer in layers)
         # Text must start behind the virtual tokens, as it would if they were in the input.
-        runs_ahead = causal and first is not None and meets_in_attention_only(model, layers)
+        runs_ahead = packs = False
+        if causal and first is not None:
+            runs_ahead = meets_in_attention_only(model, layers)
+            packs = runs_ahead and sees_by_distance(model, layers) and hands_on_masks(model, layers, first)
         base = identify(model, layers)
         scale = embedding_scale(model)
     longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -151,7 +154,7 @@ def _probe(model: PreTrainedModel) -> ModelSpec:
         layers=layers,
         is_decoder=causal,
         runs_ahead=runs_ahead,
-        packs=runs_ahead and sees_by_distance(model),
+        packs=packs,
         reads_text=not model.config.is_encoder_decoder or text_encoder(model) is not None,
         num_parameters=sum(p.numel() for p in model.parameters()),
         refusal=refusal,

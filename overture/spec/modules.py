@@ -164,13 +164,20 @@ def rope_parameters(model: PreTrainedModel) -> list[dict[str, Any]]:
     return found
 
 
-def sees_by_distance(model: PreTrainedModel) -> bool:
-    """True if every causal layer sees all that is before it, or a window of it: no chunks, one axis of positions."""
+def sees_by_distance(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> bool:
+    """True if every causal layer sees all that is before it, or a window of it: no chunks, one axis of positions.
+
+    Where the config says which layers have a window, it must be those that were seen to have one.
+    """
     config = model.config.get_text_config(decoder=True)
-    kinds = set(getattr(config, "layer_types", None) or ())
+    kinds = list(getattr(config, "layer_types", None) or ())
+    if len(kinds) == len(layers) and any(
+        (kind == "sliding_attention") != (layer.window is not None) for kind, layer in zip(kinds, layers, strict=True)
+    ):
+        return False
     several = any("mrope_section" in found for found in rope_parameters(model))
     chunks = getattr(config, "attention_chunk_size", None)
-    return kinds <= {"full_attention", "sliding_attention"} and not several and not chunks
+    return set(kinds) <= {"full_attention", "sliding_attention"} and not several and not chunks
 
 
 def block_modules(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> list[nn.Module]:

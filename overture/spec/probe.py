@@ -22,7 +22,7 @@ from overture.spec.modules import (
     token_embedding,
 )
 
-__all__ = ["AttentionLayer", "first_position", "meets_in_attention_only", "record"]
+__all__ = ["AttentionLayer", "first_position", "hands_on_masks", "meets_in_attention_only", "record"]
 
 _FIRST_POSITIONS = 4
 
@@ -82,14 +82,18 @@ class _Recorder:
     ) -> tuple[Tensor, Tensor | None]:
         causal = kwargs.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
-        window = kwargs.get("sliding_window") or getattr(module, "sliding_window", None)
+        # A module may know of a window that this layer of it does not have (EXAONE 4): what the call says counts first.
+        window = kwargs.get("sliding_window", getattr(module, "sliding_window", None)) or None
         shape = (query.shape[1], key.shape[1], key.shape[3], value.shape[3])
         self.calls.append(_Call(module, shape, bool(causal), window, crosses=query.shape[2] != key.shape[2]))
         return inner(module, query, key, value, attention_mask, **kwargs)
 
 
 class _SelfOnly:
-    """An attention handler that lets every position see itself alone."""
+    """An attention handler that lets every position see itself alone, and notes the masks that it was given instead."""
+
+    def __init__(self) -> None:
+        self.masks: list[Any] = []
 
     def attend(
         self,
@@ -101,6 +105,7 @@ class _SelfOnly:
         attention_mask: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        self.masks.append(attention_mask)
         hidden = ~torch.eye(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
         mask = torch.zeros_like(hidden, dtype=query.dtype).masked_fill(hidden, torch.finfo(query.dtype).min)
         return inner(module, query, key, value, mask[None, None], **kwargs)
@@ -162,6 +167,22 @@ def meets_in_attention_only(model: PreTrainedModel, layers: Sequence[AttentionLa
         for ids in (one, two)
     )
     return bool(torch.allclose(first, second, rtol=1e-3, atol=1e-3 * float(first.abs().max())))
+
+
+def hands_on_masks(model: PreTrainedModel, layers: Sequence[AttentionLayer], first: int) -> bool:
+    """True if attention is given the mask that the model was given, and nothing that a layer made of it.
+
+    Some choose by content what a position sees (Doge): of rows in one text, they would choose among all. `first` is the
+    position of a text's first token.
+    """
+    ids, seen = _plain_ids(model, 2)[None], _SelfOnly()
+    # One number for all positions: whatever a layer adds to it has more.
+    given = {
+        "attention_mask": torch.zeros(1, 1, 1, 1, device=ids.device),
+        "position_ids": torch.arange(first, first + 2, device=ids.device)[None],
+    }
+    stacks(model, layers)[0](input_ids=ids, use_cache=False, **given, **{dispatch.KEYWORD: seen})
+    return all(isinstance(mask, Tensor) and mask.numel() == 1 for mask in seen.masks)
 
 
 def _plain_ids(model: PreTrainedModel, count: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers as tf
 
 import overture as ov
 from overture.errors import ContextLengthError
@@ -73,6 +74,34 @@ def test_a_packed_row_is_the_row_alone_with_gradient(family, attention):
     weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1), dtype=logits.dtype)
     got, wanted = (_gradients((out * weights).sum(), leaves) for out in (logits, torch.cat(apart)))
     torch.testing.assert_close(got, wanted, **close)
+
+
+@pytest.mark.parametrize("name", ["Exaone4", "Doge"])
+def test_layers_that_see_less_than_their_module_says(name):
+    """EXAONE's modules all know of a window that some layers have; Doge's layers choose by content what they see.
+
+    Oracle: each row in a batch of one under the same prompt.
+    """
+    torch.manual_seed(1)
+    options = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+    options |= {"num_key_value_heads": 2, "vocab_size": VOCAB, "initializer_range": 0.2}
+    if name == "Exaone4":
+        options |= {"sliding_window": WINDOW, "layer_types": ["full_attention", "sliding_attention"] * 2}
+    else:
+        options |= {"keep_window_size": 4}
+    model = getattr(tf, f"{name}ForCausalLM")(getattr(tf, f"{name}Config")(**options)).double().eval()
+    assert packs(model) == (name == "Exaone4")
+    texts, prefix = _texts(), _prefix(ModelSpec.of(model), 3, 0)
+    rows = [prefix, None, prefix, None]
+    examples = [TextExample(ids=tuple(t.tolist()), targets=(False,) * len(t)) for t in texts]
+    places = [(row, len(text) - 1) for row, text in enumerate(texts)]
+    alone = []
+    with torch.no_grad():
+        found = selected_logits(model, [Trained(row, None) for row in rows], examples, 0, places)
+        for row, text in zip(rows, texts, strict=True):
+            with ov.prompts(model, [row]):
+                alone.append(model(input_ids=text[None]).logits[0, -1])
+    torch.testing.assert_close(found, torch.stack(alone), rtol=1e-9, atol=1e-9)  # fp64, sums in another order
 
 
 def test_logits_at_places_are_those_of_padded_rows(monkeypatch):
