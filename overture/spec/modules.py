@@ -167,13 +167,17 @@ def rope_parameters(model: PreTrainedModel) -> list[dict[str, Any]]:
 def sees_by_distance(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> bool:
     """True if every causal layer sees all that is before it, or a window of it: no chunks, one axis of positions.
 
-    Where the config says which layers have a window, it must be those that were seen to have one.
+    Where the config says which layers have a window, it must be those that were seen to have one. Where it names a
+    window and no layers, some must have been seen: a window that stands in the model's masks alone is not known
+    (Phi-3.5-MoE).
     """
     config = model.config.get_text_config(decoder=True)
     kinds = list(getattr(config, "layer_types", None) or ())
     if len(kinds) == len(layers) and any(
         (kind == "sliding_attention") != (layer.window is not None) for kind, layer in zip(kinds, layers, strict=True)
     ):
+        return False
+    if not kinds and getattr(config, "sliding_window", None) and not any(layer.window for layer in layers):
         return False
     several = any("mrope_section" in found for found in rope_parameters(model))
     chunks = getattr(config, "attention_chunk_size", None)
