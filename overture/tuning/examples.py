@@ -75,7 +75,8 @@ def encode_for(
         form: what the rows have in common.
         rows: the rows.
         ahead: virtual tokens of another prompt in front of it.
-        max_length: longest row in tokens, virtual tokens included; None for the model's context.
+        max_length: longest row in tokens, virtual tokens included; None for the model's context, as far as its rotation
+            stays the same where virtual tokens run ahead.
         truncate: cut rows that are too long, instead of refusing them.
 
     Raises:
@@ -86,7 +87,10 @@ def encode_for(
     # Virtual tokens of a template count among an example's own tokens, leading ones do not.
     inside = template is not None and not template.leading
     places = template.num_virtual_tokens if template is not None and inside else 0
-    room = _room(spec, max_length, ahead + (places if prompt is None else length_of(prompt)))
+    runs_ahead = isinstance(prompt, BlockInputs) or not (prompt is None or inside or stands_in_text(spec, prompt))
+    # Keys that were computed ahead are those of one rotation.
+    limits = (max_length, spec.max_positions, spec.rotary_limit if ahead or runs_ahead else None)
+    room = _room(limits, ahead + (places if prompt is None else length_of(prompt)))
     examples = encode_rows(task, rows, form, max_tokens=room + places, truncate=truncate)
     raise_bad_rows(_foreign(spec, rows, examples))
     if prompt is None:
@@ -97,9 +101,9 @@ def encode_for(
     return examples
 
 
-def _room(spec: ModelSpec, max_length: int | None, length: int) -> int:
+def _room(limits: Sequence[int | None], length: int) -> int:
     """Tokens left for text beside the virtual tokens."""
-    context = min(max_length or _ENDLESS, spec.max_positions or _ENDLESS)
+    context = min(limit or _ENDLESS for limit in limits)
     if context - length < 2:
         raise ContextLengthError(
             expected=f"virtual tokens that leave room for text in a context of {context} tokens",

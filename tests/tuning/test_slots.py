@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import Phi3Config, Phi3ForCausalLM
 
 from overture.errors import DataError, DivergedError
 from overture.methods import DeepPrompt, PrefixTuning, PromptTuning, PTuning
@@ -189,3 +190,30 @@ def test_no_user_matters_to_another(data, model, tokenizer, rows):
     assert list(mixed) == list(order)
     for name, result in mixed.items():
         same(result, each[name])
+
+
+@pytest.mark.parametrize("truncate", [False, True])
+def test_rows_beyond_a_change_of_rotation_fail_their_user_alone(tokenizer, rows, truncate):
+    """As on Phi-3 with longrope, whose rotation is another for a pass with a longer row. Oracle: tuned alone."""
+    torch.manual_seed(0)
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0}
+    rope |= {"original_max_position_embeddings": 24, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    config = Phi3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=96,
+        original_max_position_embeddings=24,
+        rope_parameters=rope,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
+    model, options = Phi3ForCausalLM(config).double().eval(), TuneConfig(steps=2, batch_size=2, truncate=truncate)
+    data = {"short": rows("tea"), "long": [{"prompt": "red ship " * 20, "completion": " tea"}] * 3}
+    both = tune_many(model, tokenizer, METHODS["raw"], data, config=options)
+    same(both["short"], tune(model, tokenizer, METHODS["raw"], data["short"], config=options))
+    assert set(both.failures) == (set() if truncate else {"long"})
