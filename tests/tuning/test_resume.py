@@ -173,9 +173,11 @@ def test_who_failed_by_rows_may_try_again_and_who_diverged_may_not(model, tokeni
     assert str(second.failures["diverges"]) == str(first.failures["diverges"])
 
 
-@pytest.mark.parametrize("change", ["rows of one in training", "rows of one that is done", "one is gone", "options"])
+@pytest.mark.parametrize(
+    "change", ["rows of one in training", "rows of one that is done", "one is gone", "options", "a row held out"]
+)
 def test_another_run_is_refused(model, tokenizer, users, rows, tmp_path, change):
-    options = {"config": CONFIG, "run_dir": tmp_path, "slots": 1}
+    options = {"config": CONFIG, "run_dir": tmp_path, "slots": 1, "dev": {"1": rows("tea", 3)}}
     with pytest.raises(Stop):
         tune_many(model, tokenizer, METHOD, users, on_event=stopped_at(8), **options)
     if change == "rows of one in training":
@@ -183,7 +185,9 @@ def test_another_run_is_refused(model, tokenizer, users, rows, tmp_path, change)
     elif change == "rows of one that is done":
         users["0"] = rows("blue")
     elif change == "one is gone":
-        del users["1"]
+        del users["1"], options["dev"]["1"]
+    elif change == "a row held out":
+        users["1"], options["dev"] = users["1"][:-1], {"1": [users["1"][-1], *options["dev"]["1"]]}
     else:
         options["config"] = TuneConfig(steps=7)
     with pytest.raises(CheckpointError, match=r"this very run.*made by another"):
