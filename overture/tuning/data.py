@@ -11,7 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from overture.errors import DataError
+from overture.errors import DataError, OvertureError
 from overture.runtime.chat import short
 
 __all__ = [
@@ -84,6 +84,24 @@ def load_rows(source: Source, *, kind: str = "training") -> list[Row]:
             do="add rows, one object each, or name another file",
         )
     return rows
+
+
+def rows_of(data: Mapping[str, Source], name: str, *, kind: str = "training") -> list[Row]:
+    """The rows of one prompt.
+
+    Raises:
+        OvertureError: as `load_rows`, and for whatever else a source may raise.
+    """
+    try:
+        return load_rows(data[name], kind=kind)
+    except OvertureError:
+        raise
+    except Exception as error:  # whatever a source of the caller's own may raise is about this prompt's rows
+        raise DataError(
+            expected="rows that can be read",
+            got=f"{type(error).__name__}: {error}",
+            do="mend the data, and tune this prompt again",
+        ) from error
 
 
 def raise_bad_rows(bad: Sequence[BadRow]) -> None:

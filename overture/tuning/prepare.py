@@ -12,7 +12,7 @@ import torch
 from torch import Generator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from overture.errors import ConfigError, DataError, OvertureError
+from overture.errors import ConfigError
 from overture.methods import Method, Prepared, PromptModule
 from overture.prompt import SoftPrompt
 from overture.runtime.compile import Frozen
@@ -21,7 +21,7 @@ from overture.runtime.host import Host
 from overture.runtime.prompts import check
 from overture.spec import ModelSpec, execution_device
 from overture.tuning.config import TuneConfig
-from overture.tuning.data import Row, Source, load_rows
+from overture.tuning.data import Row, Source, rows_of
 from overture.tuning.example import Example
 from overture.tuning.examples import encode_for
 from overture.tuning.forward import frozen
@@ -106,18 +106,9 @@ class Preparation:
         return self._starts[key]
 
     def _rows(self, name: str) -> tuple[Sequence[Row], Sequence[Row]]:
-        try:
-            rows = load_rows(self.data[name])
-            if name in self.dev:
-                return rows, load_rows(self.dev[name], kind="dev")
-        except OvertureError:
-            raise
-        except Exception as error:  # whatever a source of the caller's own may raise is about this prompt's rows
-            raise DataError(
-                expected="rows that can be read",
-                got=f"{type(error).__name__}: {error}",
-                do="mend the data, and tune this prompt again",
-            ) from error
+        rows = rows_of(self.data, name)
+        if name in self.dev:
+            return rows, rows_of(self.dev, name, kind="dev")
         return _split(rows, self.config)
 
     def _encoded(self, value: Prepared, form: Form, rows: Sequence[Row]) -> list[Example]:

@@ -57,7 +57,7 @@ class UserFile(User):
         """Rows and words; none of a file that cannot be read, which is for the tuning to say."""
         try:
             rows = load_rows(self.path)
-        except DataError:
+        except (DataError, OSError):
             return 0, 0
         return len(rows), sum(_words(row.values, None) for row in rows)
 

@@ -210,3 +210,18 @@ def test_a_table_that_changed_is_refused(tmp_path: Path, suffix: str) -> None:
     write(path, ROWS[:3])
     with pytest.raises(DataError, match="changed since"):
         load_rows(users["bob"])
+
+
+def test_a_file_that_cannot_be_read_has_no_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its user fails alone, when their turn comes. Root may read everything, so the refusal is made."""
+    for name in ("ada", "bob"):
+        write(tmp_path / f"{name}.jsonl")
+    read = Path.read_bytes
+
+    def refused(path: Path) -> bytes:
+        if path.stem == "ada":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    assert list(Users.open(tmp_path).at_least(rows=1)) == ["bob"]

@@ -15,7 +15,7 @@ from overture.methods import Method
 from overture.prompt import BaseModelId
 from overture.tuning.cohort import Handover
 from overture.tuning.config import TuneConfig
-from overture.tuning.data import Source, load_rows
+from overture.tuning.data import Source, rows_of
 from overture.tuning.events import Event, Failed, Finished, Listener, Started
 from overture.tuning.fleet.messages import Crew, Ended, HandOut, Message, Ready, Shipment, Stopped
 from overture.tuning.fleet.plan import Part, Plan
@@ -143,9 +143,9 @@ class _Drive:
             if name not in part.left:
                 continue
             try:
-                data[name] = load_rows(self.data[name])
+                data[name] = rows_of(self.data, name)
                 if name in self.dev:
-                    dev[name] = load_rows(self.dev[name], kind="dev")
+                    dev[name] = rows_of(self.dev, name, kind="dev")
             except OvertureError as error:
                 data.pop(name, None)
                 self._failed(part, name, error)

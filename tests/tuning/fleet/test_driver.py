@@ -191,6 +191,22 @@ def test_bad_rows_fail_their_user_alone(load: Any, users: dict[str, Any], tmp_pa
     assert {event.name for event in run.events if isinstance(event, Failed)} == {"torn", "long", "empty"}
 
 
+class _Unreadable:
+    """Rows that the disk does not give."""
+
+    def __iter__(self) -> Any:
+        raise PermissionError(13, "Permission denied", "ada.jsonl")
+
+
+def test_rows_that_cannot_be_read_fail_their_user_alone(load: Any, users: dict[str, Any]) -> None:
+    """Oracle: `tune_many` in one process."""
+    run = Run(load)
+    done = run({"ada": _Unreadable(), **users})
+    same(run.results, load, users)
+    wanted = tune_many(*load(), METHOD, {"ada": _Unreadable()}, config=CONFIG).failures
+    assert {name: str(error) for name, error in done.failures.items()} == {"ada": str(wanted["ada"])}
+
+
 def test_only_bad_rows(load: Any) -> None:
     run = Run(load)
     assert set(run({"a": [], "b": []}).failures) == {"a", "b"}
