@@ -163,6 +163,8 @@ class RayCrew:
         try:
             said: list[Message] = self.ray.get(hand.poll)
         except self.ray.exceptions.RayActorError:
+            # One that only cannot be reached would keep its place, and write to the folder of who takes over from it.
+            self.ray.kill(hand.actor)
             del self._hands[worker]
             return None
         hand.poll = None

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -83,6 +84,28 @@ def test_a_killed_worker_costs_no_user_and_changes_no_result(folder: Path, rows:
         for key, tensor in alone[result.name].prompt.value.tensors().items():
             # Sums of fp64 in other orders, stored in fp32: its last place at values around 1.
             assert (result.prompt.value.tensors()[key] - tensor).abs().max() < 1e-6
+
+
+@pytest.mark.slow
+def test_a_worker_that_cannot_be_reached_is_ended(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It counts as dead, so it must not go on beside who takes its users over. Oracle: the process is gone."""
+    ray = pytest.importorskip("ray", reason="needs Ray: pip install 'overture[fleet]'")
+    with RayCrew(partial(load_base, str(folder)), workers=1) as crew:
+        process = crew.first().process
+        crew.wait(0)  # what it said when it was ready
+
+        def unreachable(reference: object) -> None:
+            raise ray.exceptions.ActorUnavailableError("the network is down", None)
+
+        with monkeypatch.context() as cut:
+            cut.setattr(ray, "get", unreachable)
+            cut.setattr(ray, "wait", lambda polls, **options: (polls, []))
+            assert crew.wait(0) == [(1, None)]
+        for _ in range(100):
+            if not Path(f"/proc/{process}").exists():
+                return
+            time.sleep(0.1)
+        raise AssertionError("it still runs")
 
 
 @pytest.mark.slow
