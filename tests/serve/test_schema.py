@@ -11,10 +11,13 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import Unsatisfiable
+from pydantic import ValidationError
 from schemathesis.generation import GenerationMode
 
 from overture.serve.app import create_app
 from overture.serve.config import ServeConfig
+from overture.serve.protocol.chat import ChatRequest
+from overture.serve.protocol.completions import CompletionRequest
 from overture.store import PromptStore
 from tests.serve.conftest import Serve, make_prompt, quick_folder
 from tests.serve.toy import BASE, VOCAB, Toy
@@ -88,3 +91,26 @@ def test_bodies_that_broke_other_servers(serve: Serve, body: bytes) -> None:
     answer = client.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code in (400, 404)
     assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"prompt": [{}] * 10_000},
+        {"prompt": [[None]] * 10_000},
+        {"prompt": "a", "stop": [0] * 10_000},
+        {"prompt": "a", "logit_bias": {f"x{i}": "a" for i in range(10_000)}},
+        {"columns": {f"x{i}": 0 for i in range(10_000)}},
+        {"prompt": "a"} | {f"x{i}": 0 for i in range(10_000)},
+        {"prompt": "a", "stream_options": {f"x{i}": 0 for i in range(10_000)}},
+        {"messages": [{}] * 4000},
+        {"messages": [{"role": "user", "content": [{}] * 10_000}]},
+        {"messages": [{"role": "user", "content": "a"} | {f"x{i}": 0 for i in range(10_000)}]},
+    ],
+)
+def test_a_body_full_of_errors_is_few_errors(wrong: dict[str, Any]) -> None:
+    """Each is an object that takes memory, and the loop waits while they are made: seconds for a body of a megabyte."""
+    form = ChatRequest if "messages" in wrong else CompletionRequest
+    with pytest.raises(ValidationError) as found:
+        form.model_validate({"model": "tiny"} | wrong)
+    assert found.value.error_count() < 8

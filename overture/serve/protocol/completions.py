@@ -7,14 +7,17 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from overture.serve.protocol.fields import SamplingBody, Usage
+from overture.serve.protocol.fields import SamplingBody, Usage, few
 from overture.serve.protocol.form import FinishReason, Form, Told, finish_reason
 from overture.serve.requests import Ended, Piece, Token
 
 __all__ = ["Completion", "CompletionForm", "CompletionRequest"]
 
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
-Ids = Annotated[list[TokenId], Field(min_length=1)]
+# At the first wrong entry: a body of a megabyte may hold a million, and each would become an error of its own.
+Ids = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+Texts = Annotated[list[str], Field(min_length=1, fail_fast=True)]
+ManyIds = Annotated[list[Ids], Field(min_length=1, fail_fast=True)]
 
 
 class CompletionRequest(SamplingBody):
@@ -26,10 +29,8 @@ class CompletionRequest(SamplingBody):
         "suffix": ("",),
     }
 
-    prompt: str | Ids | Annotated[list[str], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)] | None = (
-        None
-    )
-    columns: dict[str, str] | None = Field(
+    prompt: str | Ids | Texts | ManyIds | None = None
+    columns: Annotated[dict[str, str] | None, few(64)] = Field(
         None, description="Not OpenAI's. The columns of the prompt's template, instead of `prompt`.", max_length=64
     )
     logprobs: int | None = Field(None, ge=0, le=20)

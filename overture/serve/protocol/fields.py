@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+from functools import partial
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, field_validator, model_validator
 
 from overture.serve.requests import Sampling
 
-__all__ = ["Body", "SamplingBody", "StreamOptions", "Usage"]
+__all__ = ["Body", "SamplingBody", "StreamOptions", "Usage", "few"]
 
 _SEEDS = 1 << 63
 _LEAST_MASS = 1e-9
@@ -18,13 +19,32 @@ _LEAST_MASS = 1e-9
 _INFORMATION = ("metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "user")
 """Fields of OpenAI's that ask for nothing: taken and not looked at."""
 
+_MOST_FIELDS = 64
+"""Fields of an object; OpenAI's requests have some thirty."""
+
 StopText = Annotated[str, Field(min_length=1, max_length=1000)]
+
+
+def few(most: int) -> BeforeValidator:
+    """Refuse an object with more entries before they are looked at: every wrong one would be an error of its own."""
+    return BeforeValidator(partial(_at_most, most))
+
+
+def _at_most(most: int, value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > most:
+        raise ValueError(f"an object here has {most} entries at most, and this one has {len(value)}")
+    return value
 
 
 class Body(BaseModel):
     """Part of a request. What it does not know is an error: nothing that a client asks for is silently left out."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, data: Any) -> Any:
+        return _at_most(_MOST_FIELDS, data)
 
 
 class StreamOptions(Body):
@@ -55,10 +75,12 @@ class SamplingBody(Body):
     seed: int | None = Field(None, ge=-_SEEDS, lt=_SEEDS)
     n: int | None = Field(None, ge=1, le=1024)
     max_tokens: int | None = Field(None, ge=1, le=1 << 31)
-    stop: StopText | list[StopText] | None = None
+    stop: StopText | Annotated[list[StopText], Field(fail_fast=True)] | None = None
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=1024)
+    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]] | None, few(1024)] = Field(
+        None, max_length=1024
+    )
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
 
