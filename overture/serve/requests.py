@@ -108,6 +108,10 @@ Event = Piece | Ended
 class Engine(Protocol):
     """What writes answers: many jobs at once, each as if it were alone."""
 
+    @property
+    def alive(self) -> bool:
+        """Whether it takes jobs. One that broke, as with its device, never does again."""
+
     def submit(self, job: Job, deliver: Callable[[Event], None]) -> None:
         """Take a job on. `deliver` is called in the engine's thread, with `Ended` last; it must return at once."""
 

@@ -208,6 +208,9 @@ def test_ready_says_no_when_the_queue_is_full_or_the_store_is_gone(
     def broken(_: object) -> list[str]:
         raise OSError("private path")
 
+    live.toy.alive = False
+    assert client.get("/ready").status_code == 503
+    live.toy.alive = True
     monkeypatch.setattr(type(live.store), "tenants", broken)
     gone = client.get("/ready")
     assert gone.status_code == 503

@@ -32,6 +32,7 @@ class Toy:
     """Seconds for a word."""
     longest: int = 50
     """Words that fit into the model's context."""
+    alive: bool = True
     jobs: list[Job] = field(default_factory=list)
     cancelled: set[str] = field(default_factory=set)
     ended: dict[str, Ended] = field(default_factory=dict)

@@ -15,7 +15,8 @@ from overture.errors import ConfigError
 from overture.prompt import KVPrefix
 from overture.serve.engine.cache import Shelves
 from overture.serve.engine.config import EngineConfig
-from overture.serve.engine.core import Core, as_failure, log_failure
+from overture.serve.engine.core import Core
+from overture.serve.engine.failure import as_failure, log_failure
 from overture.serve.engine.loader import Loader
 from overture.serve.engine.plan import Planner
 from overture.serve.engine.prefixes import Prefixes
@@ -74,6 +75,11 @@ class Batcher:
         self._loaders = ThreadPoolExecutor(self.config.loaders, thread_name_prefix="overture-loader")
         self._thread = threading.Thread(target=self._run, name="overture-engine", daemon=True)
         self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether it takes jobs: False once it is closed, or broken with its device."""
+        return not self._closed
 
     def submit(self, job: Job, deliver: Deliver) -> None:
         """Take a job on. `deliver` is called in the engine's thread, with `Ended` last; it must return at once.
@@ -150,9 +156,7 @@ class Batcher:
         try:
             row = self._loader.load(entry.job, lambda event: self._deliver(entry, event))
         except Exception as error:
-            failure = as_failure(error)
-            if failure is not error:
-                log_failure("a job could not be loaded", error)
+            failure = as_failure("a job could not be loaded", error)
             self._tell(lambda: self._deliver(entry, Ended("error", 0, 0, failure)))
         else:
             self._tell(lambda: self._arrive(entry, row))
@@ -160,6 +164,16 @@ class Batcher:
     # What follows runs in the engine's thread.
 
     def _run(self) -> None:
+        try:
+            self._work()
+        except Exception as error:  # such as a device that is gone: nothing here can be answered any more
+            failure = as_failure("the engine has stopped", error)
+            with self._changed:
+                self._closed = self._stopped = True
+            for entry in list(self._entries.values()):
+                self._deliver(entry, Ended("error", 0, 0, failure))
+
+    def _work(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._messages or self._core.busy or self._stopped)
@@ -198,5 +212,7 @@ class Batcher:
         if isinstance(event, Ended):
             with self._changed:
                 del self._entries[entry.job.id]
+                # The row knows the entry: with this, what it holds goes now, and not when garbage is collected.
+                entry.row = None
                 self._ended[event.reason] += 1
                 self._changed.notify_all()

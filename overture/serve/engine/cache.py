@@ -142,21 +142,20 @@ class Shelf:
         self._free(row.place.slot)
         row.place = None
 
-    def wipe(self, slot: int) -> None:
-        """Write zeros over a slot: a NaN that a row left behind would reach the next one through masks."""
-        for tensor in (*self.keys, *self.values):
-            tensor[slot] = 0
-
     def _free(self, slot: int) -> None:
-        """The last row takes the slot."""
+        """The last row takes the slot. What is free is zeros: an infinity left there would reach others through masks,
+        even of a row whose own answer was made of numbers.
+        """
         last = self.rows.pop()
-        if slot == len(self.rows):
-            return
-        assert last.place is not None
+        end = len(self.rows)
         for tensor in (*self.keys, *self.values):
-            tensor[slot, :, : last.cached] = tensor[last.place.slot, :, : last.cached]
-        self.rows[slot] = last
-        last.place.slot = slot
+            if slot != end:
+                tensor[slot] = tensor[end]
+            tensor[end] = 0
+        if slot != end:
+            assert last.place is not None
+            self.rows[slot] = last
+            last.place.slot = slot
 
 
 class Shelves:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import time
-import traceback
 from collections.abc import Sequence
 
 from overture.errors import DivergedError, OvertureError
+from overture.serve.engine.failure import as_failure
 from overture.serve.engine.plan import Part, Planner, grouped
 from overture.serve.engine.row import Reason, Row
 from overture.serve.engine.sample import choose
 from overture.serve.engine.step import Stepper
 
-__all__ = ["Core", "as_failure", "log_failure"]
-
-_LOG = logging.getLogger(__name__)
+__all__ = ["Core"]
 
 
 class Core:
@@ -53,9 +50,9 @@ class Core:
         try:
             self._run(self.planner.parts())
         except Exception as error:
-            log_failure("a step failed", error)
+            failure = as_failure("a step failed", error)
             for row in list(self.planner.rows):
-                self._fail(row, as_failure(error))
+                self.stop(row, "error", failure)
         self.steps += 1
         self.last_seconds = time.perf_counter() - start
         self.seconds += self.last_seconds
@@ -71,8 +68,7 @@ class Core:
             choices = choose(logits, [row.chooser for row in ends])
         except Exception as error:
             if len(parts) == 1:
-                log_failure("a row failed in a step", error)
-                return self._fail(parts[0][0], as_failure(error))
+                return self.stop(parts[0][0], "error", as_failure("a row failed in a step", error))
             middle = len(parts) // 2
             self._run(parts[:middle])
             return self._run(parts[middle:])
@@ -81,38 +77,16 @@ class Core:
             self.prompt_tokens += count if count > 1 or not row.written else 0
         for row, choice in zip(ends, choices, strict=True):
             if not choice.finite:
-                self._fail(row, _not_finite())
+                self.stop(row, "error", _not_finite())
                 continue
             written = row.written
             try:
                 row.accept(choice, self._last)
             except Exception as error:
-                log_failure("a token could not be taken", error)
-                self._fail(row, as_failure(error))
+                row.end("error", as_failure("a token could not be taken", error))
             self.completion_tokens += row.written - written
             if row.ended:
                 self.planner.leave(row)
-
-    def _fail(self, row: Row, error: OvertureError) -> None:
-        if row.place is not None:
-            row.place.shelf.wipe(row.place.slot)
-        self.stop(row, "error", error)
-
-
-def as_failure(error: Exception) -> OvertureError:
-    """An error as one that clients can be told of."""
-    if isinstance(error, OvertureError):
-        return error
-    return OvertureError(
-        expected="an answer",
-        got=f"a failure inside the engine ({type(error).__name__})",
-        do="try again, and see the server's log if it happens again",
-    )
-
-
-def log_failure(what: str, error: Exception) -> None:
-    """Log where something failed, but not what the error says: that may quote a text."""
-    _LOG.error("%s: %s\n%s", what, type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
 
 
 def _not_finite() -> DivergedError:

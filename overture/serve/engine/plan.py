@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import groupby
 
-from overture.errors import OvertureError
 from overture.prompt import KVPrefix
 from overture.serve.engine.attention import Group
 from overture.serve.engine.cache import Shelves
 from overture.serve.engine.config import EngineConfig
+from overture.serve.engine.failure import as_failure
 from overture.serve.engine.row import Row
 from overture.serve.engine.schedule import FairQueue
 
@@ -101,15 +101,16 @@ class Planner:
             return 0  # too little to begin with
         try:
             prefix = self._ready(row)
-        except OvertureError as error:
-            row.end("error", error)
+            row.stand_behind(prefix, shared=prefix is not None and self._shares(prefix))
+            shelf = self.shelves.shelf(row) if whole else self.shelves.single(row)
+            if shelf is None:
+                return 0
+            count = min(row.unread, left)
+            shelf.add(row)
+        except Exception as error:  # whatever it is, such as no memory for this prompt: it is this row's alone
+            self.shelves.leave(row)
+            row.end("error", as_failure("a row could not be admitted", error))
             return 0
-        row.stand_behind(prefix, shared=prefix is not None and self._shares(prefix))
-        shelf = self.shelves.shelf(row) if whole else self.shelves.single(row)
-        if shelf is None:
-            return 0
-        count = min(row.unread, left)
-        shelf.add(row)
         self.rows.append(row)
         return count
 

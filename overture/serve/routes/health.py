@@ -26,11 +26,13 @@ async def health() -> dict[str, str]:
 
 @router.get("/ready")
 async def ready(house: House) -> dict[str, str]:
-    """The store can be read and there is room for another answer."""
+    """The store can be read, the engine runs, and there is room for another answer."""
     try:
         await run_in_threadpool(house.store.tenants)
     except Exception:  # whatever is wrong with a disk or a database
         raise Refusal(503, "The store cannot be read.", code="not_ready", retry_after=5.0) from None
+    if not house.engine.alive:
+        raise Refusal(503, "The engine has stopped.", code="not_ready", retry_after=5.0)
     if house.limits.answers >= house.config.queue:
         raise Refusal(503, "The queue is full.", code="not_ready", retry_after=2.0)
     return {"status": "ready"}

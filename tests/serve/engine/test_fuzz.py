@@ -182,7 +182,7 @@ def fuzz(model: PreTrainedModel, store: PromptStore, distinct: int, count: int) 
     # Little of everything: rows are put back, prompts are evicted, long texts are read in pieces, prefixes are shared.
     position = 2 * 2 * 8 * 8  # layers, keys and values, head size, fp64
     config = EngineConfig(
-        max_rows=24, cache_bytes=450 * position, prefix_bytes=60_000, prefill_chunk=40, share_from=6, loaders=3
+        max_rows=24, cache_bytes=450 * position, prefix_bytes=20_000, prefill_chunk=40, share_from=6, loaders=3
     )
     batcher = Batcher(model, tokenizer, store, config)
     draw = random.Random(6)
