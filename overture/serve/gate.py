@@ -157,8 +157,16 @@ def is_loopback(host: str) -> bool:
 def _check_local(headers: Headers) -> None:
     """Without keys, a page of the web that a developer looks at must not reach the server through the browser."""
     named = [f"//{headers.get('host', '')}", *filter(None, [headers.get("origin")])]
-    if not all(is_loopback(urlsplit(url).hostname or "") for url in named):
+    if not all(is_loopback(_host(url)) for url in named):
         raise Refusal(403, "Without keys this server answers this machine alone.", code="not_local")
+
+
+def _host(url: str) -> str:
+    """The host that a URL names; nothing if it is none."""
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:  # such as a bracket that is not closed
+        return ""
 
 
 def _outline(error: BaseException) -> str:

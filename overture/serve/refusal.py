@@ -13,6 +13,7 @@ from overture.errors import (
     ConfigError,
     ContextLengthError,
     DataError,
+    DivergedError,
     OvertureError,
     PromptFileError,
     StoreError,
@@ -90,7 +91,7 @@ def explained(error: OvertureError, model: str) -> Refusal:
             return unknown_model(model)
         case ContextLengthError():
             return Refusal(400, str(error), code="context_length_exceeded")
-        case PromptFileError() | StoreError() | BaseMismatchError():
+        case PromptFileError() | StoreError() | BaseMismatchError() | DivergedError():
             # What is broken, and where it lies, is the operator's business: `overture store verify` says it.
             message = f"The prompt of the model {model[:200]!r} cannot be used just now. Others can; tell the operator."
             return Refusal(503, message, code="prompt_unavailable", param="model")

@@ -212,6 +212,7 @@ def test_without_keys_only_this_machine_may_ask(serve: Serve) -> None:
     client = live.http(None)
     assert client.get("/v1/models").status_code == 200
     assert client.get("/admin/stats").status_code == 200
-    for headers in ({"Host": "evil.example"}, {"Origin": "https://evil.example"}, {"Origin": "null"}):
+    foreign = ({"Host": "evil.example"}, {"Origin": "https://evil.example"}, {"Origin": "null"})
+    for headers in (*foreign, {"Host": "[::1"}, {"Origin": "http://["}):
         assert client.get("/v1/models", headers=headers).status_code == 403
     assert client.get("/v1/models", headers={"Origin": "http://localhost:8000"}).status_code == 200

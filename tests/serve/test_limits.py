@@ -11,10 +11,10 @@ from pathlib import Path
 import openai
 import pytest
 
-from overture.errors import ConfigError
+from overture.errors import ConfigError, DivergedError
 from overture.serve.config import ServeConfig
 from overture.serve.limits import Limits
-from overture.serve.refusal import Refusal
+from overture.serve.refusal import Refusal, explained
 from tests.serve.conftest import Live, Serve
 from tests.serve.toy import Toy
 
@@ -116,6 +116,16 @@ def test_a_busy_tenant_is_told_when_to_come_back(serve: Serve) -> None:
     stream.close()
 
 
+def test_a_client_that_leaves_an_upload_is_no_error_of_the_servers(serve: Serve) -> None:
+    live = serve()
+    host, _, port = live.url.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        head = f"POST /admin/tenants/ada/prompts/x HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {live.secrets['admin']}"
+        connection.sendall(f"{head}\r\nContent-Length: 1000\r\n\r\nabc".encode())
+    client = live.http("admin")
+    assert eventually(lambda: 'prompts/{name}",status="499"} 1.0' in client.get("/metrics").text)
+
+
 def test_too_large_by_its_header_or_by_its_parts(serve: Serve) -> None:
     live = serve(request_bytes=1000)
     client = live.http()
@@ -167,6 +177,12 @@ def test_a_broken_prompt_is_unavailable_and_others_are_not(serve: Serve, root: P
         assert (caught.value.status_code, caught.value.code) == (503, "prompt_unavailable")
         assert "blobs" not in caught.value.message
     assert live.client().completions.create(model="bard", prompt="a").choices
+
+
+def test_a_prompt_that_gives_no_numbers_is_unavailable() -> None:
+    """Its file is sound, but in the model's type it gives NaN: nobody else's trouble."""
+    refusal = explained(DivergedError(expected="numbers", got="NaN", do="check the prompt"), "bard")
+    assert (refusal.status_code, refusal.code) == (503, "prompt_unavailable")
 
 
 def test_an_engine_that_fails_is_the_servers_error(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
