@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -68,6 +68,8 @@ class Batcher:
         self._prefixes = Prefixes(inner, stepper.layers, self.config.prefix_bytes)
         self._core = Core(stepper, Planner(shelves, self.config, self._prefix), stepper.ends)
         self._entries: dict[str, _Entry] = {}
+        self._unloaded: OrderedDict[str, deque[_Entry]] = OrderedDict()
+        """By tenant, who take turns here, too: a tenant's long texts do not keep others from being read."""
         self._ended: Counter[str] = Counter()
         self._messages: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
@@ -96,7 +98,8 @@ class Batcher:
                     expected="a job with an id of its own", got="one that is under way", do="choose another id"
                 )
             self._entries[job.id] = entry
-        self._loaders.submit(self._load, entry)
+            self._unloaded.setdefault(job.tenant, deque()).append(entry)
+            self._loaders.submit(self._load_next)
 
     def cancel(self, id: str) -> None:
         """Stop a job; its row is free for others at the next step. An unknown or ended job is left alone."""
@@ -149,8 +152,17 @@ class Batcher:
             self._messages.append(message)
             self._changed.notify_all()
 
+    def _load_next(self) -> None:
+        """In a loader's thread: load the first job of the tenant whose turn it is."""
+        with self._changed:
+            tenant, entries = self._unloaded.popitem(last=False)
+            entry = entries.popleft()
+            if entries:
+                self._unloaded[tenant] = entries
+        self._load(entry)
+
     def _load(self, entry: _Entry) -> None:
-        """In a loader's thread: make a job a row, or say why it cannot be."""
+        """Make a job a row, or say why it cannot be."""
         if self._entries.get(entry.job.id) is not entry:
             return  # cancelled before it was its turn
         try:

@@ -306,6 +306,25 @@ def test_tenants_take_turns(make: Make) -> None:
     assert order.index("one") <= 3
 
 
+def test_tenants_take_turns_at_being_loaded(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading a text of megabytes takes seconds, and a tenant may send many at once."""
+    batcher = make(loaders=1)
+    load, order, opened = batcher._loader.load, [], threading.Event()
+
+    def slow(job: Any, deliver: Any) -> Any:
+        order.append(job.id)
+        assert opened.wait(30)
+        return load(job, deliver)
+
+    monkeypatch.setattr(batcher._loader, "load", slow)
+    answers = [Answer() for _ in range(4)]
+    for id, answer in zip(("a1", "a2", "a3", "b1"), answers, strict=True):
+        batcher.submit(job(id, "w4", tenant=id[0]), answer)
+    opened.set()
+    assert [answer.end().reason for answer in answers] == ["length"] * 4
+    assert order.index("b1") < order.index("a3")
+
+
 def test_rows_that_are_put_back_go_on_where_they_were(make: Make) -> None:
     """Room for three slots of 64 positions and nothing more, and answers that outgrow them."""
     position = 3 * 2 * 2 * 8 * 8  # layers, keys and values, heads, head size, fp64
