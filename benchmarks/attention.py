@@ -1,6 +1,6 @@
 """The two attention paths beside each other and beside PEFT: `python benchmarks/attention.py`, under two minutes.
 
-Writes `benchmarks/reports/attention.md`. One thread, times of this process alone (other programs wait or run, these do
+Writes `docs/benchmarks/attention.md`. One thread, times of this process alone (other programs wait or run, these do
 not count), medians of rounds in which the paths are measured in turn. All paths do the same work on one model in fp32:
 a training step has the loss of every token and the gradient of the prefix; generation is greedy, with a cache.
 """
@@ -8,19 +8,15 @@ a training step has the loss of every token and the gradient of the prefix; gene
 from __future__ import annotations
 
 import argparse
-import os
-import platform
-import shlex
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
 import torch
+from common.machine import facts, table
+from common.page import PAGES, head, publish
 from peft import PrefixTuningConfig, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -29,7 +25,7 @@ import overture as ov
 from overture.prompt import KVPrefix
 from overture.spec import ModelSpec
 
-REPORT = Path(__file__).parent / "reports" / "attention.md"
+REPORT = PAGES / "attention.md"
 PATHS = ("concatenate", "merge", "auto")
 NEW_TOKENS = 12
 CASES = [
@@ -92,44 +88,29 @@ def measure(model: PreTrainedModel, case: tuple[str, int, int, int, int], rounds
     return {side: median(found) for side, found in times.items()}
 
 
-def render(measured: dict[tuple[str, int, int, int, int], dict[str, float]], rounds: int) -> str:
-    """The report."""
+def render(measured: dict[tuple[str, int, int, int, int], dict[str, float]], rounds: int) -> list[str]:
+    """The page."""
     lines = []
     for (what, rows, prompts, tokens, length), times in measured.items():
         work = "training step" if what == "train" else f"{NEW_TOKENS} new tokens"
         base = times["concatenate"]
         shown = [f"{times[path] / base:.2f}" for path in ("merge", "auto")]
         shown += [f"{times['PEFT'] / base:.2f}" if "PEFT" in times else "cannot"]
-        lines.append(
-            f"| {work} | {rows} x {tokens} | {prompts} of {length} | {1000 * base:.0f} ms | {' | '.join(shown)} |"
-        )
-    pinned = len(os.sched_getaffinity(0)) == 1
-    facts = {
-        "machine": f"{os.cpu_count()} CPU cores, {platform.system()} {platform.machine()}, one thread"
-        f"{', pinned to one core' if pinned else ''}",
-        "load while measuring": f"{os.getloadavg()[0]:.1f} runnable processes",
-        "versions": f"torch {torch.__version__}, transformers {version('transformers')}, peft {version('peft')}, "
-        f"Python {platform.python_version()}",
-        "date": f"{datetime.now(UTC):%Y-%m-%d}",
-    }
-    return "\n".join(
-        [
-            "# Prefixes in attention: merged, concatenated, and by PEFT",
-            "",
-            f"Made by `{shlex.join(['python', *sys.argv])}` with the embedded model `tiny` in float32.",
-            f"Process times, medians of {rounds} rounds. Columns from `merge` on: time as a share of concatenation's;",
-            "below 1 is faster. PEFT takes one prompt for all rows.",
-            "",
-            "| work | rows x tokens | prompts of virtual tokens | concatenate | merge | auto | PEFT |",
-            "|---|---|---|---|---|---|---|",
-            *lines,
-            "",
-            "| | |",
-            "|---|---|",
-            *(f"| {name} | {text} |" for name, text in facts.items()),
-            "",
-        ]
-    )
+        lines.append((work, f"{rows} x {tokens}", f"{prompts} of {length}", f"{1000 * base:.0f} ms", *shown))
+    columns = ("work", "rows x tokens", "prompts of virtual tokens", "concatenate", "merge", "auto", "PEFT")
+    return [
+        *head(
+            "Prefixes in attention: merged, concatenated, and by PEFT",
+            measures="Process time of training steps and of generation under a prefix, by the way attention joins it.",
+            target="none; it shows which of the two paths `auto` should take",
+        ),
+        f"The embedded model `tiny` in float32. Process times, medians of {rounds} rounds. Columns from `merge` on:",
+        "time as a share of concatenation's; below 1 is faster. PEFT takes one prompt for all rows.",
+        "",
+        *table(columns, lines),
+        "",
+        *facts(),
+    ]
 
 
 def main() -> None:
@@ -143,9 +124,7 @@ def main() -> None:
     model = model.float().requires_grad_(False)
     rounds = max(5, arguments.rounds)
     report = render({case: measure(model, case, rounds) for case in CASES}, rounds)
-    arguments.out.parent.mkdir(exist_ok=True)
-    arguments.out.write_text(report, encoding="utf-8")
-    print(report)
+    publish(report, arguments.out)
 
 
 if __name__ == "__main__":

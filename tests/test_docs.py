@@ -1,4 +1,4 @@
-"""What the documents say of defaults is what the code does. Oracle: the configs themselves."""
+"""What the documents say of defaults and of files is so. Oracle: the configs and the files themselves."""
 
 from __future__ import annotations
 
@@ -11,7 +11,30 @@ import pytest
 
 from overture.methods import DeepPrompt, PrefixTuning, PromptTuning, PTuning
 
-DOCS = Path(__file__).parents[1] / "docs" / "methods"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs" / "methods"
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "overture" / "models" / "tiny" / "README.md"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?://|#)([^)#\s]+)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_the_index_of_benchmarks_is_made_from_its_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from common.page import PAGES, index
+
+    assert (PAGES / "README.md").read_text(encoding="utf-8") == index(), "run: python benchmarks/index.py"
+
+
+def test_every_page_of_benchmarks_names_a_script() -> None:
+    commands = re.findall(
+        r"`\S*python (\S+\.py).*?` \|", (ROOT / "docs" / "benchmarks" / "README.md").read_text("utf-8")
+    )
+    assert len(commands) == len(list((ROOT / "docs" / "benchmarks").glob("*.md"))) - 1
+    assert [script for script in commands if not (ROOT / script).exists()] == []
 
 
 @pytest.mark.parametrize(

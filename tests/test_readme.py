@@ -16,12 +16,6 @@ def _blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 
 
-def test_links_lead_to_files() -> None:
-    links = re.findall(r"\]\((?!https?://)([^)#]+)", README)
-    assert len(links) > 10
-    assert [link for link in links if not (ROOT / link).exists()] == []
-
-
 def test_the_python_runs_in_a_clone(tmp_path: Path) -> None:
     """Both examples in turn, in a folder that holds what a clone holds; only the number of steps is cut."""
     first, second = _blocks("python")
