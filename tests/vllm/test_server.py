@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
+from overture.errors import FleetError
 from overture.prompt import SoftPrompt
 from overture.serve.keys import FILE, KeyRing, Role
 from overture.serve.vllm.reference import SECRET
@@ -27,7 +28,7 @@ ALL = ["prefix-5", "prefix-64", "other-64", "deep-33", "tokens-20", "tokens-32",
 
 
 class Server:
-    def __init__(self, prompts: Any, log: Path) -> None:
+    def __init__(self, prompts: Any, log: Path, cache: int = 1) -> None:
         self.prompts, self.log = prompts, log
         ring = KeyRing(prompts.place / FILE)
         self.keys = {tenant: ring.add(Role.TENANT, tenant)[1] for tenant in ("ada", "bob")}
@@ -37,7 +38,7 @@ class Server:
         own = ["--dtype=float32", "--enforce-eager", "--block-size=32", "--tensor-parallel-size=2"]
         own += ["--enable-log-requests", "--max-model-len=512", "--generation-config=vllm"]
         environment = os.environ | {
-            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_KVCACHE_SPACE": str(cache),
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "OMP_NUM_THREADS": "1",
             "VLLM_LOGGING_LEVEL": "DEBUG",
@@ -87,6 +88,12 @@ def server(prompts: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         yield server
     finally:
         server.stop()
+
+
+def test_an_engine_that_does_not_start_says_where_to_look(prompts: Any, tmp_path: Path) -> None:
+    server = Server(prompts, tmp_path / "log", cache=10**6)  # GiB
+    assert server.process.wait(240) == FleetError.exit_code
+    assert "--gpu-memory-utilization" in server.log.read_text().split("error (FleetError)")[1]
 
 
 def ids(answer: httpx.Response) -> list[int]:

@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
-from overture.errors import UnsupportedModelError
+from overture.errors import FleetError, UnsupportedModelError
 from overture.serve.vllm.options import Options
 from overture.serve.vllm.reference import SECRET
 
@@ -48,6 +48,7 @@ def run(model: str, options: Options, more: Sequence[str] = ()) -> None:
 
     Raises:
         UnsupportedModelError: vLLM is not installed.
+        FleetError: vLLM's workers do not start, for want of memory or because they refuse the model.
     """
     prepare()
     try:
@@ -65,4 +66,14 @@ def run(model: str, options: Options, more: Sequence[str] = ()) -> None:
     cli_env_setup()
     parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(arguments(model, options, more))
     ServeSubcommand().validate(parsed)
-    ServeSubcommand.cmd(parsed)
+    try:
+        ServeSubcommand.cmd(parsed)
+    except RuntimeError as error:
+        if "initialization failed" not in str(error):
+            raise
+        raise FleetError(
+            expected="vLLM's workers to start",
+            got="a failure in one of them: its first line marked ERROR above says why",
+            do="if memory is short, lower the share that vLLM reserves, such as --vllm=--gpu-memory-utilization=0.5 (on a "
+            "CPU this is main memory)",
+        ) from None
