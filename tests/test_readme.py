@@ -1,4 +1,4 @@
-"""The README does what it says: its Python runs, its commands exist, its links lead somewhere."""
+"""The README does what it says: its Python runs, its commands exist. The Chinese one shows the same code and links."""
 
 from __future__ import annotations
 
@@ -14,6 +14,24 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def _blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+def _shown(page: Path) -> tuple[list[str], set[str]]:
+    """The lines of code without comments, each behind its block's language, and where links lead."""
+    text = page.read_text(encoding="utf-8")
+    code = []
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        lines = [re.sub(r"\s*#.*", "", line) for line in block.splitlines()]
+        code += [f"```{language}", *(line for line in lines if line)]
+    return code, set(re.findall(r"\]\(([^)#\s]+)", text))
+
+
+def test_the_chinese_readme_has_the_same_code_and_links() -> None:
+    """Oracle: README.md, whose code the tests below run."""
+    code, links = _shown(ROOT / "README.md")
+    translated, its_links = _shown(ROOT / "README.zh.md")
+    assert translated == code
+    assert its_links ^ links == {"README.md", "README.zh.md"}
 
 
 def test_the_python_runs_in_a_clone(tmp_path: Path) -> None:
