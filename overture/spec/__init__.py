@@ -14,6 +14,7 @@ from overture.spec.modules import (
     token_embedding,
     unwrapped,
 )
+from overture.spec.output import gives_plain_logits
 from overture.spec.probe import AttentionLayer
 from overture.spec.settled import settled
 from overture.spec.tasks import TASKS, named_task, task_of
@@ -27,6 +28,7 @@ __all__ = [
     "block_modules",
     "evaluating",
     "execution_device",
+    "gives_plain_logits",
     "handing_on",
     "measuring",
     "named_task",

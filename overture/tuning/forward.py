@@ -6,7 +6,7 @@ Shape suffixes: B rows, T text, N chosen positions, V vocabulary.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -14,16 +14,18 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from overture.prompt import Head, SoftPrompt
 from overture.runtime.packed import packed, packs
 from overture.runtime.prompts import Piece, RowPrompt, prompts
 from overture.runtime.reading import Encoded, batch_rows
-from overture.spec import evaluating, execution_device, settled, unwrapped
+from overture.spec import ModelSpec, evaluating, execution_device, gives_plain_logits, settled, unwrapped
+from overture.tuning.chunked import chunked_cross_entropy
 from overture.tuning.example import Example
 
-__all__ = ["Trained", "collate", "frozen", "precise", "run", "selected_logits"]
+__all__ = ["Trained", "collate", "frozen", "precise", "run", "selected_logits", "token_losses"]
 
 
 class Trained(NamedTuple):
@@ -80,13 +82,57 @@ def selected_logits(
         filler: token id that stands in the padding.
         places: row and column of each position.
     """
+    logits: Tensor = _chosen(model, rows, examples, filler, places, lambda hidden: hidden).logits
+    return precise(logits.flatten(0, -2))
+
+
+def token_losses(
+    model: PreTrainedModel,
+    rows: Sequence[Trained],
+    examples: Sequence[Example],
+    filler: int,
+    places: Sequence[tuple[int, int]],
+    wanted: Sequence[int],
+) -> Float[Tensor, " N"]:
+    """A language model's cross-entropy at chosen positions alone.
+
+    Args:
+        model: a decoder with an output embedding.
+        rows: one per example.
+        examples: the rows.
+        filler: token id that stands in the padding.
+        places: row and column of each position.
+        wanted: the token that ought to follow each position.
+    """
+    targets = torch.tensor(wanted, device=execution_device(model))
+    if any(row.head is not None for row in rows) or not gives_plain_logits(unwrapped(model)):
+        logits = selected_logits(model, rows, examples, filler, places)
+        return cross_entropy(logits, targets, reduction="none")
+    seen: list[Tensor] = []
+
+    def keep(hidden: Tensor) -> Tensor:
+        seen.append(hidden)
+        return hidden[:1].detach()  # the model shall answer something
+
+    _chosen(model, rows, examples, filler, places, keep)
+    return chunked_cross_entropy(model.get_output_embeddings(), seen[0], targets, ModelSpec.of(model).vocab_size)
+
+
+def _chosen(
+    model: PreTrainedModel,
+    rows: Sequence[Trained],
+    examples: Sequence[Example],
+    filler: int,
+    places: Sequence[tuple[int, int]],
+    shown: Callable[[Tensor], Tensor],
+) -> Any:
+    """The model's output, its output embedding seeing what `shown` makes of the hidden states at `places`."""
     packing = packs(model) and all(row.head is None for row in rows) and all(e.slots is None for e in examples)
     lengths = [len(example) for example in examples]
     starts = [0, *accumulate(lengths)] if packing else [max(lengths) * row for row in range(len(rows))]
     chosen = torch.tensor([starts[row] + column for row, column in places], dtype=torch.long)
-    with _only(model, chosen.to(execution_device(model))):
-        logits: Tensor = (_run_packed(model, rows, examples) if packing else run(model, rows, examples, filler)).logits
-    return precise(logits.flatten(0, -2))
+    with _only(model, chosen.to(execution_device(model)), shown):
+        return _run_packed(model, rows, examples) if packing else run(model, rows, examples, filler)
 
 
 def _run_packed(model: PreTrainedModel, rows: Sequence[Trained], examples: Sequence[Example]) -> Any:
@@ -106,14 +152,14 @@ def precise(logits: Tensor) -> Tensor:
 
 
 @contextmanager
-def _only(model: PreTrainedModel, chosen: Int[Tensor, " N"]) -> Iterator[None]:
-    """The output layer sees only the chosen positions, counted through all rows, as one row of N.
+def _only(model: PreTrainedModel, chosen: Int[Tensor, " N"], shown: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """The output layer sees what `shown` makes of the chosen positions alone, counted through all rows, as one row.
 
     The model's own forward pass does the rest, so that what it does to logits (softcap, scale) stays its own.
     """
 
     def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (args[0].flatten(0, 1)[chosen][None], *args[1:])
+        return (shown(args[0].flatten(0, 1)[chosen])[None], *args[1:])
 
     handle = model.get_output_embeddings().register_forward_pre_hook(select)
     try:

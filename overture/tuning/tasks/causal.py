@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from overture.errors import DataError, UnsupportedModelError
@@ -28,7 +27,7 @@ from overture.tuning.chats import chat_completion_ids, chat_ids
 from overture.tuning.columns import require_columns, shape_of, target_column, text_of
 from overture.tuning.data import Row
 from overture.tuning.example import Example, TextExample
-from overture.tuning.forward import Trained, selected_logits
+from overture.tuning.forward import Trained, token_losses
 from overture.tuning.tasks.base import Builder, Form, Task, length_of
 from overture.tuning.truncate import head, tail, too_long
 
@@ -93,10 +92,9 @@ class CausalLM(Task):
             for c, target in enumerate(example.targets)
             if target and c
         ]
-        logits = selected_logits(model, rows, examples, filler, [(r, c - 1) for r, c in places])
-        wanted = torch.tensor([examples[r].ids[c] for r, c in places], device=logits.device)
-        losses = cross_entropy(logits, wanted, reduction="none")
-        owners = torch.tensor([r for r, _ in places], device=logits.device)
+        before, wanted = [(r, c - 1) for r, c in places], [examples[r].ids[c] for r, c in places]
+        losses = token_losses(model, rows, examples, filler, before, wanted)
+        owners = torch.tensor([r for r, _ in places], device=losses.device)
         return losses.new_zeros(len(examples)).index_add(0, owners, losses)
 
     def measure(
