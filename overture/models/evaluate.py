@@ -1,6 +1,6 @@
-"""Measure `tiny`: `python -m overture.models.evaluate --data DIR [--model DIR] [--run DIR]`.
+"""Measure `tiny`: `python -m overture.models.evaluate --data DIR [--model DIR] [--run DIR ...]`.
 
-Writes `evaluation.json` and, given the run, `curves.png` beside the model, and renews the figures of its card.
+Writes `evaluation.json` and, given the runs, `curves.png` beside the model, and renews the figures of its card.
 """
 
 from __future__ import annotations
@@ -79,19 +79,29 @@ def evaluate(folder: Path, data: Path, *, made_up: int, say: Callable[[str], Non
     return {"bits_per_byte": bits, "room": room, "sample_bits_per_byte": sample_bits(model, tokenizer)}
 
 
+def joined(runs: Iterable[Path]) -> list[dict[str, Any]]:
+    """The logs of runs that went on from each other's weights, as one: steps and tokens count from the first run's start."""
+    log: list[dict[str, Any]] = []
+    for run in runs:
+        entries = map(json.loads, (run / "log.jsonl").read_text(encoding="utf-8").splitlines())
+        own = {entry["step"]: entry for entry in entries}.values()  # a resumed run repeats some steps
+        before = {key: log[-1][key] if log else 0 for key in ("step", "tokens")}
+        log += [entry | {key: entry[key] + before[key] for key in before} for entry in own]
+    return log
+
+
 def main() -> None:
     """Read the folders from the command line, measure, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder of the sources named in corpus.py")
     parser.add_argument("--model", type=Path, default=TINY, help="folder of the model")
-    parser.add_argument("--run", type=Path, help="--out folder of the pre-training run, for the curves")
+    parser.add_argument("--run", type=Path, nargs="+", help="--out folders of the pre-training runs, in order")
     parser.add_argument("--made-up", type=int, default=30_000, help="made-up documents that the baseline counts")
     found = parser.parse_args()
     results = evaluate(found.model, found.data, made_up=found.made_up, say=lambda line: print(line, flush=True))
     target = found.model / "evaluation.json"
     if found.run:
-        entries = map(json.loads, (found.run / "log.jsonl").read_text(encoding="utf-8").splitlines())
-        log = list({entry["step"]: entry for entry in entries}.values())  # a resumed run repeats some steps
+        log = joined(found.run)
         results["training"] = {key: log[-1][key] for key in ("step", "tokens")}
         plot(log, results["bits_per_byte"], found.model / "curves.png")
     target.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
