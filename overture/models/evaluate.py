@@ -80,7 +80,7 @@ def evaluate(folder: Path, data: Path, *, made_up: int, say: Callable[[str], Non
 
 
 def joined(runs: Iterable[Path]) -> list[dict[str, Any]]:
-    """The logs of runs that went on from each other's weights, as one: steps and tokens count from the first run's start."""
+    """The logs of runs that went on from each other's weights, as one that counts steps and tokens on."""
     log: list[dict[str, Any]] = []
     for run in runs:
         entries = map(json.loads, (run / "log.jsonl").read_text(encoding="utf-8").splitlines())

@@ -74,6 +74,6 @@ def run(model: str, options: Options, more: Sequence[str] = ()) -> None:
         raise FleetError(
             expected="vLLM's workers to start",
             got="a failure in one of them: its first line marked ERROR above says why",
-            do="if memory is short, lower the share that vLLM reserves, such as --vllm=--gpu-memory-utilization=0.5 (on a "
-            "CPU this is main memory)",
+            do="if memory is short, lower the share that vLLM reserves, such as --vllm=--gpu-memory-utilization=0.5 "
+            "(on a CPU, of main memory)",
         ) from None
