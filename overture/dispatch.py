@@ -11,7 +11,8 @@ to choose its masks, and another name would change the model itself.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
@@ -21,7 +22,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from overture.errors import UnsupportedModelError
 
-__all__ = ["KEYWORD", "AttentionFunction", "AttentionHandler", "install", "quick_to_start", "require_masks"]
+__all__ = [
+    "KEYWORD",
+    "AttentionFunction",
+    "AttentionHandler",
+    "AttentionWitness",
+    "install",
+    "quick_to_start",
+    "require_masks",
+]
 
 KEYWORD = "overture_attention"
 _ROUTED = ("sdpa", "eager", "flex_attention")
@@ -54,6 +63,28 @@ class AttentionHandler(Protocol):
     ) -> tuple[Tensor, Tensor | None]:
         """Answer one attention call, usually by calling `inner` with more keys and values."""
         ...
+
+
+class AttentionWitness(ABC):
+    """A handler that answers as the model does, and sees every call."""
+
+    def attend(
+        self,
+        inner: AttentionFunction,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Note the call, and answer as the model does."""
+        self.note(module, query, key, value, kwargs)
+        return inner(module, query, key, value, attention_mask, **kwargs)
+
+    @abstractmethod
+    def note(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: Mapping[str, Any]) -> None:
+        """See one call, with its further keywords."""
 
 
 def install() -> None:

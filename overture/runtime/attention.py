@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.nn.functional import pad
 
-from overture.dispatch import AttentionFunction
+from overture.dispatch import AttentionFunction, AttentionWitness
 from overture.errors import UnsupportedModelError
 from overture.runtime import merge
 from overture.runtime.kernels import Mask
@@ -71,21 +71,11 @@ class CallOrder:
         return layers[call]
 
 
-class PlainAttention:
+class PlainAttention(AttentionWitness):
     """Attention handler of a forward pass whose prompts stand in the text: it changes nothing, and marks the pass."""
 
-    def attend(
-        self,
-        inner: AttentionFunction,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Any,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Answer as the model does."""
-        return inner(module, query, key, value, attention_mask, **kwargs)
+    def note(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: Mapping[str, Any]) -> None:
+        """Nothing."""
 
 
 class PrefixAttention:

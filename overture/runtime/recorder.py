@@ -5,34 +5,25 @@ Shape suffixes: B rows, H query heads, K key/value heads, T queries, S keys, D k
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from overture import dispatch
+from overture.dispatch import AttentionWitness
 
 __all__ = ["KeyValueRecorder"]
 
 
-class KeyValueRecorder:
-    """An attention handler that keeps every layer's keys and values, with their gradient."""
+class KeyValueRecorder(AttentionWitness):
+    """Keeps every layer's keys and values, with their gradient."""
 
     def __init__(self) -> None:
         self.keys: list[Float[Tensor, "B K S D"]] = []
         self.values: list[Float[Tensor, "B K S E"]] = []
 
-    def attend(
-        self,
-        inner: dispatch.AttentionFunction,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Any,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Keep, and answer as the model does."""
+    def note(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: Mapping[str, Any]) -> None:
+        """Keep one layer's."""
         self.keys.append(key)
         self.values.append(value)
-        return inner(module, query, key, value, attention_mask, **kwargs)

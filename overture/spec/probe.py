@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,29 +64,19 @@ class _Call:
     """True if queries and keys are of different texts."""
 
 
-class _Recorder:
-    """An attention handler that notes which module called with which shapes."""
+class _Recorder(dispatch.AttentionWitness):
+    """Notes which module called with which shapes."""
 
     def __init__(self) -> None:
         self.calls: list[_Call] = []
 
-    def attend(
-        self,
-        inner: dispatch.AttentionFunction,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Any,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        causal = kwargs.get("is_causal")
+    def note(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: Mapping[str, Any]) -> None:
+        causal = options.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
         # A module may know of a window that this layer of it does not have (EXAONE 4): what the call says counts first.
-        window = kwargs.get("sliding_window", getattr(module, "sliding_window", None)) or None
+        window = options.get("sliding_window", getattr(module, "sliding_window", None)) or None
         shape = (query.shape[1], key.shape[1], key.shape[3], value.shape[3])
         self.calls.append(_Call(module, shape, bool(causal), window, crosses=query.shape[2] != key.shape[2]))
-        return inner(module, query, key, value, attention_mask, **kwargs)
 
 
 class _SelfOnly:

@@ -1,10 +1,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +13,7 @@ from overture.prompt import KVPrefix, SoftPrompt, VirtualTokens
 from overture.tuning.api import tune
 from overture.tuning.results import TuneResult
 
-from .conftest import Run, write_rows
+from .conftest import Run, started, write_rows
 
 FEW = ["--steps", 3, "--tokens", 2, "--batch-size", 2]
 
@@ -101,15 +98,7 @@ def test_interrupted_run_says_how_to_go_on_and_ends_the_same(llama: Path, rows: 
     words += ["--option", "reparameterization=false"]
     folder, out = tmp_path / "run", tmp_path / "p.safetensors"
     command = [*map(str, words), "--run-dir", str(folder), "--out", str(out)]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "overture.cli", *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},  # as in this process: sums in the same order
-        # A job in a shell's background hands down an ignored SIGINT.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    process = started(command)
     deadline = time.monotonic() + 120
     while not (folder / "checkpoint.safetensors").exists() and time.monotonic() < deadline:
         time.sleep(0.05)

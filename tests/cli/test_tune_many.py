@@ -16,7 +16,7 @@ import pytest
 from overture.prompt import SoftPrompt
 from overture.store import PromptStore
 
-from .conftest import ROWS, Run, write_rows
+from .conftest import ROWS, Run, started, write_rows
 from .test_bad_input import check
 
 FEW = ["--steps", 3, "--tokens", 2, "--batch-size", 2, "--option", "reparameterization=false"]
@@ -168,18 +168,6 @@ def test_a_missing_folder_is_refused_before_anything_heavy() -> None:
     code = "import sys\nfrom overture.cli import main\ncode = main(['tune-many', '--data', 'nowhere'])\n"
     code += "sys.exit(99 if 'torch' in sys.modules else code)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60).returncode == 3
-
-
-def started(command: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "overture.cli", *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},  # as in this process: sums in the same order
-        # A job in a shell's background hands down an ignored SIGINT.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
 
 from overture.serve.protocol.fields import Body, SamplingBody, Usage
-from overture.serve.protocol.form import FinishReason, Form, Told, finish_reason
+from overture.serve.protocol.form import Answer, FinishReason, Form, Told, finish_reason, in_json
 from overture.serve.requests import Ended, Piece, Token
 
 __all__ = ["ChatCompletion", "ChatForm", "ChatRequest", "Chunk"]
@@ -107,13 +107,10 @@ class _Choice(BaseModel):
     finish_reason: FinishReason
 
 
-class ChatCompletion(BaseModel):
+class ChatCompletion(Answer):
     """A whole answer."""
 
-    id: str
     object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
     choices: list[_Choice]
     usage: Usage
 
@@ -130,15 +127,12 @@ class _Part(BaseModel):
     finish_reason: FinishReason | None = None
 
 
-class Chunk(BaseModel):
+class Chunk(Answer):
     """A piece of a streamed answer."""
 
     model_config = ConfigDict(title="ChatCompletionChunk")
 
-    id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
     choices: list[_Part]
     usage: Usage | None = None
 
@@ -186,7 +180,7 @@ def _logprobs(tokens: Sequence[Token] | None) -> _Logprobs | None:
     return _Logprobs(
         content=[
             _TokenLikelihood(
-                **_likelihood(token.text, token.logprob or 0.0),
+                **_likelihood(token.text, token.logprob),
                 top_logprobs=[_Likelihood(**_likelihood(a.text, a.logprob)) for a in token.alternatives],
             )
             for token in tokens
@@ -194,6 +188,5 @@ def _logprobs(tokens: Sequence[Token] | None) -> _Logprobs | None:
     )
 
 
-def _likelihood(text: str, logprob: float) -> dict[str, Any]:
-    # As OpenAI does: what JSON cannot hold is a number that stands for "impossible".
-    return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode("utf-8", "replace"))}
+def _likelihood(text: str, logprob: float | None) -> dict[str, Any]:
+    return {"token": text, "logprob": in_json(logprob), "bytes": list(text.encode("utf-8", "replace"))}

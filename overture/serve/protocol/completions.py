@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, Field, model_validator
 
 from overture.serve.protocol.fields import SamplingBody, Usage, few
-from overture.serve.protocol.form import FinishReason, Form, Told, finish_reason
+from overture.serve.protocol.form import Answer, FinishReason, Form, Told, finish_reason, in_json
 from overture.serve.requests import Ended, Piece, Token
 
 __all__ = ["Completion", "CompletionForm", "CompletionRequest"]
@@ -73,13 +73,10 @@ class _Choice(BaseModel):
     finish_reason: FinishReason | None = None
 
 
-class Completion(BaseModel):
+class Completion(Answer):
     """An answer, or a piece of one."""
 
-    id: str
     object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
     choices: list[_Choice]
     usage: Usage | None = None
 
@@ -124,7 +121,7 @@ def _logprobs(tokens: Sequence[Token] | None, offset: int) -> _Logprobs | None:
         offset += len(token.text)
     return _Logprobs(
         tokens=[token.text for token in tokens],
-        token_logprobs=[max(token.logprob or 0.0, -9999.0) for token in tokens],
-        top_logprobs=[{a.text: max(a.logprob, -9999.0) for a in token.alternatives} for token in tokens],
+        token_logprobs=[in_json(token.logprob) for token in tokens],
+        top_logprobs=[{a.text: in_json(a.logprob) for a in token.alternatives} for token in tokens],
         text_offset=offsets,
     )

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from overture.serve.protocol.fields import Usage
 from overture.serve.requests import Ended, Piece, Token
 
-__all__ = ["FinishReason", "Form", "Told", "finish_reason"]
+__all__ = ["Answer", "FinishReason", "Form", "Told", "finish_reason", "in_json"]
 
 FinishReason = Literal["stop", "length"]
 """Why a choice ended."""
@@ -23,6 +23,20 @@ FinishReason = Literal["stop", "length"]
 def finish_reason(ended: Ended) -> FinishReason:
     """Why an answer ended, in OpenAI's words."""
     return "length" if ended.reason == "length" else "stop"
+
+
+def in_json(logprob: float | None) -> float:
+    """A log-probability. As OpenAI does: what JSON cannot hold is a number that stands for "impossible"."""
+    return max(logprob or 0.0, -9999.0)
+
+
+class Answer(BaseModel):
+    """What every object on the wire begins with."""
+
+    id: str
+    object: str
+    created: int
+    model: str
 
 
 @dataclass(slots=True)
