@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 import sys
 from collections.abc import Sequence
@@ -46,6 +47,9 @@ EXIT_CODES = {
     130: "interrupted",
 }
 """What each exit code means."""
+
+# transformers imports torchao wherever it is installed, which then warns of each of its libraries for other machines.
+_OTHERS_WARNINGS = ("torchao", "torch.utils._pytree")
 
 app = typer.Typer(
     name="overture",
@@ -98,6 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code, one of `EXIT_CODES`.
     """
+    for name in _OTHERS_WARNINGS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     words = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in (words[: words.index("--")] if "--" in words else words)
     try:
