@@ -12,7 +12,6 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from overture.errors import ConfigError
-from overture.prompt import KVPrefix
 from overture.serve.engine.cache import Shelves
 from overture.serve.engine.config import EngineConfig
 from overture.serve.engine.core import Core
@@ -66,7 +65,7 @@ class Batcher:
         shelves = Shelves(stepper.layers, self.config.cache_bytes, stepper.spec.max_positions)
         self._loader = Loader(inner, tokenizer, store, shelves.longest)
         self._prefixes = Prefixes(inner, stepper.layers, self.config.prefix_bytes)
-        self._core = Core(stepper, Planner(shelves, self.config, self._prefix), stepper.ends)
+        self._core = Core(stepper, Planner(shelves, self.config, self._prefixes), stepper.ends)
         self._entries: dict[str, _Entry] = {}
         self._unloaded: OrderedDict[str, deque[_Entry]] = OrderedDict()
         """By tenant, who take turns here, too: a tenant's long texts do not keep others from being read."""
@@ -143,9 +142,6 @@ class Batcher:
             cache_budget=planner.shelves.budget,
             prefixes=self._prefixes.stats(),
         )
-
-    def _prefix(self, row: Row) -> KVPrefix | None:
-        return self._prefixes.ready(row.prompts) if row.virtual is None else None
 
     def _tell(self, message: Callable[[], None]) -> None:
         with self._changed:

@@ -136,6 +136,12 @@ class Shelf:
                 for tensor, part in zip(tensors, parts, strict=True):
                     tensor[slot, :, : row.held] = part
 
+    def taken(self, row: Line) -> KVPrefix:
+        """A copy of what a row has in its slot."""
+        assert row.place is not None
+        at = row.place.slot, slice(None), slice(row.cached)
+        return KVPrefix(tuple(key[at].clone() for key in self.keys), tuple(value[at].clone() for value in self.values))
+
     def remove(self, row: Line) -> None:
         """Free a row's slot."""
         assert row.place is not None

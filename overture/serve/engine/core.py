@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from overture.errors import DivergedError, OvertureError
 from overture.serve.engine.failure import as_failure
+from overture.serve.engine.front import Compilation
 from overture.serve.engine.plan import Part, Planner, grouped
 from overture.serve.engine.row import Reason, Row
 from overture.serve.engine.sample import choose
@@ -33,7 +34,7 @@ class Core:
     @property
     def busy(self) -> bool:
         """True if there is something to do."""
-        return bool(self.planner.rows or len(self.planner.queue))
+        return bool(self.planner.rows or self.planner.compiling or len(self.planner.queue))
 
     def arrive(self, row: Row) -> None:
         """Take a row on."""
@@ -51,31 +52,38 @@ class Core:
             self._run(self.planner.parts())
         except Exception as error:
             failure = as_failure("a step failed", error)
-            for row in list(self.planner.rows):
-                self.stop(row, "error", failure)
+            lines: list[Row | Compilation] = [*self.planner.compiling, *self.planner.rows]
+            for line in lines:
+                self._fail(line, failure)
         self.steps += 1
         self.last_seconds = time.perf_counter() - start
         self.seconds += self.last_seconds
 
     def _run(self, parts: Sequence[Part]) -> None:
-        """Read tokens; if that fails, find the rows for which it does and end them alone."""
+        """Read tokens; if that fails, find the lines for which it does and end them alone."""
         if not parts:
             return
         ordered, groups = grouped(parts)
-        ends = [row for row, count in ordered if count == row.unread]
+        ends = [line for line, count in ordered if count == line.unread]
+        asking = [i for i, line in enumerate(ends) if isinstance(line, Row)]
+        rows = [line for line in ends if isinstance(line, Row)]
         try:
             logits = self._stepper.logits(ordered, groups)
-            choices = choose(logits, [row.chooser for row in ends])
+            choices = choose(logits if len(rows) == len(ends) else logits[asking], [row.chooser for row in rows])
         except Exception as error:
             if len(parts) == 1:
-                return self.stop(parts[0][0], "error", as_failure("a row failed in a step", error))
+                return self._fail(parts[0][0], as_failure("a row failed in a step", error))
             middle = len(parts) // 2
             self._run(parts[:middle])
             return self._run(parts[middle:])
-        for row, count in ordered:
-            row.cached += count
-            self.prompt_tokens += count if count > 1 or not row.written else 0
-        for row, choice in zip(ends, choices, strict=True):
+        for line, count in ordered:
+            line.cached += count
+            if isinstance(line, Compilation):
+                if not line.unread:
+                    self.planner.compiled(line)
+            elif count > 1 or not line.written:
+                self.prompt_tokens += count
+        for row, choice in zip(rows, choices, strict=True):
             if not choice.finite:
                 self.stop(row, "error", _not_finite())
                 continue
@@ -87,6 +95,12 @@ class Core:
             self.completion_tokens += row.written - written
             if row.ended:
                 self.planner.leave(row)
+
+    def _fail(self, line: Row | Compilation, error: OvertureError) -> None:
+        if isinstance(line, Row):
+            self.stop(line, "error", error)
+        else:
+            self.planner.give_up(line, error)
 
 
 def _not_finite() -> DivergedError:

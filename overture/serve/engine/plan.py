@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 
+from overture.errors import OvertureError
 from overture.prompt import KVPrefix
 from overture.serve.engine.attention import Group
-from overture.serve.engine.cache import Shelves
+from overture.serve.engine.cache import Line, Shelves
 from overture.serve.engine.config import EngineConfig
 from overture.serve.engine.failure import as_failure
+from overture.serve.engine.front import Compilation
+from overture.serve.engine.prefixes import Prefixes
 from overture.serve.engine.row import Row
 from overture.serve.engine.schedule import FairQueue
 
 __all__ = ["Part", "Planner", "grouped"]
 
-Part = tuple[Row, int]
-"""A row, and how many tokens it reads in this step."""
+Part = tuple[Row | Compilation, int]
+"""A line, and how many tokens it reads in this step."""
 
 
 class Planner:
@@ -25,14 +28,16 @@ class Planner:
     Args:
         shelves: where the slots are.
         config: the engine's limits.
-        ready: the prefix of a row's prompts.
+        prefixes: what stands in front of rows.
     """
 
-    def __init__(self, shelves: Shelves, config: EngineConfig, ready: Callable[[Row], KVPrefix | None]) -> None:
-        self.shelves, self.config, self._ready = shelves, config, ready
+    def __init__(self, shelves: Shelves, config: EngineConfig, prefixes: Prefixes) -> None:
+        self.shelves, self.config, self._prefixes = shelves, config, prefixes
         self.queue = FairQueue()
         self.rows: list[Row] = []
         """In slots, in the order in which they were admitted."""
+        self.compiling: list[Compilation] = []
+        """Cold prompts in slots."""
         self.preemptions = 0
 
     def parts(self) -> list[Part]:
@@ -40,7 +45,7 @@ class Planner:
         for row in [row for row in self.rows if row.unread == 1]:
             if row.place is not None:
                 self._fit(row)
-        writing = [(row, 1) for row in self.rows if row.unread == 1]
+        writing: list[Part] = [(row, 1) for row in self.rows if row.unread == 1]
         return writing + self._reading()
 
     def leave(self, row: Row) -> None:
@@ -50,6 +55,18 @@ class Planner:
             self.shelves.leave(row)
         else:
             self.queue.remove(row)
+
+    def compiled(self, line: Compilation) -> None:
+        """Take a cold prompt that has been read out of its slot, for the rows that wait for it."""
+        self._prefixes.finish(line)
+        self.compiling.remove(line)
+        self.shelves.leave(line)
+
+    def give_up(self, line: Compilation, error: OvertureError) -> None:
+        """Take out a cold prompt that cannot be read; the rows that wait for it end when it is their turn."""
+        line.error = error
+        self.compiling.remove(line)
+        self.shelves.leave(line)
 
     def _fit(self, row: Row) -> None:
         """A slot that is large enough for the row, if need be that of a younger one."""
@@ -72,46 +89,98 @@ class Planner:
         self.preemptions += 1
 
     def _reading(self) -> list[Part]:
-        """Texts, in the order of admission, as far as the step's share of tokens goes."""
+        """Texts and cold prompts, in the order of admission, as far as the step's share of tokens goes."""
         parts: list[Part] = []
         left = self.config.prefill_chunk
-        for row in [row for row in self.rows if row.unread > 1]:
+        lines: list[Row | Compilation] = [*self.compiling, *(row for row in self.rows if row.unread > 1)]
+        for line in lines:
             # Those who wait have a half between them, so that nobody waits for the end of a long text.
-            count = min(row.unread, max(1, left // 2) if len(self.queue) else left)
+            count = min(line.unread, max(1, left // 2) if len(self.queue) else left)
             if count:
-                parts.append((row, count))
+                parts.append((line, count))
                 left -= count
-        while left and len(self.rows) < self.config.max_rows:
-            next = self.queue.pop()
-            if next is None:
-                break
-            count = self._admitted(next, left, first=not parts)
-            if count:
-                parts.append((next, count))
-                left -= count
-            elif not next.ended:
-                self.queue.put_back(next)
-                break
+        parts += self._admitted(left, first=not parts)
+        left = self.config.prefill_chunk - sum(count for _, count in parts)
+        # What is left is for those whose turn is next, so that they find their prompts warm.
+        for row in self.queue.soon(self.config.max_rows) if left else ():
+            parts += (started := self._started(self._cold(row), left))
+            left -= sum(count for _, count in started)
         return parts
 
-    def _admitted(self, row: Row, left: int, *, first: bool) -> int:
-        """Give a row a slot; the tokens it reads in this step, 0 if it has to wait."""
-        whole = row.unread <= left
-        if not whole and not first and left < self.config.prefill_chunk // 4:
-            return 0  # too little to begin with
+    def _admitted(self, left: int, *, first: bool) -> list[Part]:
+        """Rows for the free slots, in turn. One whose prompt is cold waits for that, and holds up no other."""
+        parts: list[Part] = []
+        late: list[Row] = []
+        while left and len(self.rows) + len(late) < self.config.max_rows:
+            row = self.queue.pop()
+            if row is None:
+                break
+            cold = self._cold(row)
+            if cold:
+                started = self._started(cold, left)
+                late.append(row)
+            else:
+                started = self._seated(row, left, first=first and not parts)
+                if not started and not row.ended:
+                    late.append(row)
+                    break
+            parts += started
+            left -= sum(count for _, count in started)
+        for row in reversed(late):
+            self.queue.put_back(row)
+        return parts
+
+    def _cold(self, row: Row) -> list[Compilation]:
+        """What has to be read before a row can be."""
+        if row.front is None:
+            row.front = self._prefixes.front(() if row.virtual is not None else row.prompts)
+        return row.front.cold
+
+    def _started(self, cold: Sequence[Compilation], left: int) -> list[Part]:
+        """Give slots to cold prompts that have none, as far as there is room."""
+        parts: list[Part] = []
+        for line in cold:
+            if line.place is not None or not left:
+                continue
+            try:
+                count = self._placed(line, left, first=False)
+            except Exception as error:
+                self.shelves.leave(line)
+                line.error = as_failure("a prompt could not be compiled", error)
+                continue
+            if count:
+                self.compiling.append(line)
+                parts.append((line, count))
+                left -= count
+        return parts
+
+    def _seated(self, row: Row, left: int, *, first: bool) -> list[Part]:
+        """Give a row a slot, if there is room; nothing of it is cold."""
+        assert row.front is not None
         try:
-            prefix = self._ready(row)
+            prefix = self._prefixes.ready(row.front)
             row.stand_behind(prefix, shared=prefix is not None and self._shares(prefix))
-            shelf = self.shelves.shelf(row) if whole else self.shelves.single(row)
-            if shelf is None:
-                return 0
-            count = min(row.unread, left)
-            shelf.add(row)
+            count = self._placed(row, left, first=first)
         except Exception as error:  # whatever it is, such as no memory for this prompt: it is this row's alone
             self.shelves.leave(row)
             row.end("error", as_failure("a row could not be admitted", error))
-            return 0
+            return []
+        if not count:
+            return []
+        row.front = None
         self.rows.append(row)
+        return [(row, count)]
+
+    def _placed(self, line: Line, left: int, *, first: bool) -> int:
+        """Give a line a slot; the tokens it reads in this step, 0 if it has to wait."""
+        whole = line.unread <= left
+        if not whole and not first and left < self.config.prefill_chunk // 4:
+            return 0  # too little to begin with
+        shelf = self.shelves.shelf(line) if whole else self.shelves.single(line)
+        if shelf is None:
+            return 0
+        count = min(line.unread, left)
+        shelf.add(line)
         return count
 
     def _shares(self, prefix: KVPrefix) -> bool:

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PreTrainedModel
 
-from overture.prompt import KVPrefix, SoftPrompt, VirtualTokens
-from overture.runtime.compile import compile_prefixes
+from overture.prompt import KVPrefix, SoftPrompt
 from overture.runtime.rotation import concatenated, shifted
 from overture.serve.engine.cache import LayerShape
+from overture.serve.engine.front import Compilation, Front
 from overture.spec import execution_device
 from overture.store.records import TierStats
 
@@ -44,25 +44,39 @@ class Prefixes:
         self._model, self._layers, self._budget = model, layers, budget
         self._device = execution_device(model)
         self._entries: OrderedDict[_Key, _Entry] = OrderedDict()
+        # By the prompt's id; whoever waits for one holds it. However many do, it is read once.
+        self._compilations: weakref.WeakValueDictionary[int, Compilation] = weakref.WeakValueDictionary()
         # Entered again where the garbage collector runs inside.
         self._lock = threading.RLock()
         self._bytes = self._hits = self._misses = self._evictions = 0
 
-    def ready(self, prompts: tuple[SoftPrompt, ...]) -> KVPrefix | None:
-        """The prefix of some prompts one behind another; None for none."""
-        if not prompts:
-            return None
-        key = tuple(map(id, prompts))
+    def front(self, prompts: tuple[SoftPrompt, ...]) -> Front:
+        """What is there of some prompts, and what has to be read first."""
         with self._lock:
-            entry = self._entries.get(key)
-            if entry is not None:
-                self._entries.move_to_end(key)
-                self._hits += 1
-                return entry.prefix
-            self._misses += 1
-        prefix = self._made(prompts)
-        self._keep(key, prompts, prefix)
-        return prefix
+            prefix = self._kept(prompts)
+            self._hits += prefix is not None
+            self._misses += prefix is None and bool(prompts)
+        return Front(prompts, () if prefix is not None else tuple(map(self._piece, prompts)), prefix)
+
+    def ready(self, front: Front) -> KVPrefix | None:
+        """The prefix of prompts of which nothing is cold; None for none.
+
+        Raises:
+            OvertureError: one of them could not be read, or they cannot be joined.
+        """
+        if front.prefix is None and front.prompts:
+            prefix = self._kept(front.prompts)
+            if prefix is None:
+                prefix = self._joined(front.pieces)
+                self._keep(front.prompts, prefix)
+            front.prefix, front.pieces = prefix, ()
+        return front.prefix
+
+    def finish(self, compilation: Compilation) -> None:
+        """Keep what has been read of a prompt."""
+        assert compilation.place is not None
+        compilation.result = compilation.place.shelf.taken(compilation)
+        self._keep((compilation.prompt,), compilation.result)
 
     def stats(self) -> TierStats:
         """Counters since the start."""
@@ -76,29 +90,51 @@ class Prefixes:
             budget=self._budget,
         )
 
+    def _piece(self, prompt: SoftPrompt) -> KVPrefix | Compilation:
+        if isinstance(prompt.value, KVPrefix):
+            return prompt.value
+        kept = self._kept((prompt,))
+        if kept is not None:
+            return kept
+        compilation = self._compilations.get(id(prompt))
+        if compilation is None or compilation.error is not None:
+            compilation = self._compilations[id(prompt)] = Compilation.of(prompt)
+        return compilation
+
     @torch.no_grad()
-    def _made(self, prompts: Sequence[SoftPrompt]) -> KVPrefix:
-        pieces: list[KVPrefix] = []
-        for prompt in prompts:
-            value = prompt.value
-            if isinstance(value, VirtualTokens):
-                piece = compile_prefixes(self._model, [value])[0]
-            else:
-                piece = value.map(lambda t: t.to(self._device))
-            pieces.append(shifted(self._model, piece, sum(piece.length for piece in pieces)) if pieces else piece)
-        joined = pieces[0] if len(pieces) == 1 else concatenated(pieces)
+    def _joined(self, pieces: Sequence[KVPrefix | Compilation]) -> KVPrefix:
+        placed: list[KVPrefix] = []
+        for piece in pieces:
+            if isinstance(piece, Compilation):
+                if piece.error is not None:
+                    raise piece.error
+                assert piece.result is not None
+                piece = piece.result
+            piece = piece.map(lambda t: t.to(self._device))
+            placed.append(shifted(self._model, piece, sum(p.length for p in placed)) if placed else piece)
+        joined = placed[0] if len(placed) == 1 else concatenated(placed)
         return replace(
             joined,
             keys=tuple(key.to(layer.device, layer.dtype) for key, layer in zip(joined.keys, self._layers, strict=True)),
             values=tuple(v.to(layer.device, layer.dtype) for v, layer in zip(joined.values, self._layers, strict=True)),
         )
 
-    def _keep(self, key: _Key, prompts: Sequence[SoftPrompt], prefix: KVPrefix) -> None:
-        size = sum(tensor.nbytes for tensor in prefix.tensors().values())
+    def _kept(self, prompts: tuple[SoftPrompt, ...]) -> KVPrefix | None:
+        key = tuple(map(id, prompts))
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is None:
+                return None
+            self._entries.move_to_end(key)
+            return entry.prefix
+
+    def _keep(self, prompts: tuple[SoftPrompt, ...], prefix: KVPrefix) -> None:
+        key, size = tuple(map(id, prompts)), sum(tensor.nbytes for tensor in prefix.tensors().values())
         if size > self._budget:
             return
         gone = tuple(weakref.ref(prompt, lambda _: self._drop(key)) for prompt in prompts)
         with self._lock:
+            self._drop(key)
             while self._bytes + size > self._budget:
                 self._drop(next(iter(self._entries)))
                 self._evictions += 1

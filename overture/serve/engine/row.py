@@ -9,6 +9,7 @@ from typing import Literal
 from overture.errors import OvertureError
 from overture.prompt import SoftPrompt
 from overture.serve.engine.cache import Line
+from overture.serve.engine.front import Front
 from overture.serve.engine.sample import Choice, Chooser
 from overture.serve.engine.text import Decoder, Writer
 from overture.serve.requests import Alternative, Ended, Event, Job, Token
@@ -33,8 +34,8 @@ class Row(Line):
     """Of these, real ones."""
     most: int = 0
     """Tokens of the answer at most."""
-    number: int = 0
-    """Rows that were admitted before it."""
+    front: Front | None = None
+    """While it waits: what is to stand in front of it, once somebody has looked."""
     chooser: Chooser
     writer: Writer
     decoder: Decoder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from itertools import islice, zip_longest
 
 from overture.serve.engine.row import Row
 
@@ -35,6 +36,11 @@ class FairQueue:
         self._of(row).appendleft(row)
         self._credit[row.job.tenant] += _cost(row)
         self._rows.move_to_end(row.job.tenant, last=False)
+
+    def soon(self, count: int) -> list[Row]:
+        """Up to so many rows whose turn is about to come: one of every tenant, then another."""
+        turns = zip_longest(*self._rows.values())
+        return list(islice((row for turn in turns for row in turn if row is not None), count))
 
     def pop(self) -> Row | None:
         """Take the next row out; None if there is none."""

@@ -73,7 +73,7 @@ class Stepper:
                 last.append(len(ids) - 1)
         kept = torch.tensor(last, dtype=torch.long, device=self.device)
         options: dict[str, Any] = {"logits_to_keep": kept} if self.keeps else {}
-        self.host.seam.expect(_virtual(rows))
+        self.host.seam.expect(_virtual(rows, self.device))
         try:
             output: Tensor = self.model(
                 input_ids=torch.tensor([ids], device=self.device),
@@ -151,8 +151,8 @@ class Stepper:
         return torch.arange(3, 3 + _PROBED, device=self.device)[None] % self.spec.vocab_size
 
 
-def _virtual(rows: Sequence[tuple[Line, int]]) -> TokenRows | None:
-    """The virtual tokens that stand inside the texts of this step."""
+def _virtual(rows: Sequence[tuple[Line, int]], device: torch.device) -> TokenRows | None:
+    """The virtual tokens that are read in this step: inside texts, and those of cold prompts."""
     slots: list[int] = []
     embeddings: list[Tensor] = []
     found = 0
@@ -162,7 +162,7 @@ def _virtual(rows: Sequence[tuple[Line, int]]) -> TokenRows | None:
         own = (*own, *[-1] * (count - len(own)))
         slots += [slot if slot < 0 else slot + found for slot in own]
         if row.virtual is not None and any(slot >= 0 for slot in own):
-            embeddings.append(row.virtual.embeddings)
+            embeddings.append(row.virtual.embeddings.to(device))
             found += row.virtual.length
     if not found:
         return None

@@ -54,6 +54,7 @@ def make_prompts(spec: ModelSpec) -> dict[str, SoftPrompt]:
         "prefix5": (prefix(5), None),
         "prefix2": (prefix(2), None),
         "leading4": (tokens(4), None),
+        "leading9": (tokens(9), None),
         "leading3": (tokens(3), leading),
         "inside3": (tokens(3), inside),
     }

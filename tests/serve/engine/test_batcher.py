@@ -26,6 +26,7 @@ from overture.errors import (
 )
 from overture.prompt import KVPrefix, SoftPrompt
 from overture.serve.engine import Batcher, EngineConfig
+from overture.serve.engine.front import Front
 from overture.serve.requests import Ended, Event, Piece, Sampling
 from overture.spec import ModelSpec
 from overture.store import PromptStore
@@ -232,10 +233,10 @@ def test_a_row_that_cannot_be_admitted_ends_alone(make: Make, monkeypatch: pytes
     batcher = make()
     ready = batcher._prefixes.ready
 
-    def short_of_memory(prompts: tuple[SoftPrompt, ...]) -> KVPrefix | None:
-        if prompts:
+    def short_of_memory(front: Front) -> KVPrefix | None:
+        if front.prompts:
             raise torch.OutOfMemoryError("no room for a secret")
-        return ready(prompts)
+        return ready(front)
 
     monkeypatch.setattr(batcher._prefixes, "ready", short_of_memory)
     with held(batcher) as other:

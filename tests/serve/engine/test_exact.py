@@ -32,7 +32,17 @@ def windowed() -> PreTrainedModel:
 
 
 TEXTS = ("w9 w10 w11 w12 w13 w14 w15 w16 w17 w18 w19 w20", "w21", "w22 w23 w24")
-CHOICES = [(), ("prefix5",), ("prefix2",), ("leading4",), ("leading3",), ("inside3",), ("prefix2", "leading4")]
+CHOICES = [
+    (),
+    ("prefix5",),
+    ("prefix2",),
+    ("leading4",),
+    ("leading9",),  # longer than the short windows
+    ("leading3",),
+    ("inside3",),
+    ("prefix2", "leading4"),
+    ("leading4", "leading9"),
+]
 LOGPROB = 1e-9
 
 
