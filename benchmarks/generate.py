@@ -1,8 +1,8 @@
 """What a prompt costs in generation, and how long starting takes: `python benchmarks/generate.py`.
 
-Writes `docs/benchmarks/generate.md`. All sides write the same number of tokens in turn, greedily and with a cache:
-the frozen model, Overture with one prompt for all rows and with one for each, and PEFT. Start-up times are of processes
-of their own.
+Writes `docs/benchmarks/generate.md` and `generate.png`. All sides write the same number of tokens in turn, greedily and
+with a cache: the frozen model, Overture with one prompt for all rows and with one for each, and PEFT. Start-up times
+are of processes of their own.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from statistics import median
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import torch
+from common.bars import Bar, draw
 from common.machine import device, facts, table
 from common.page import PAGES, head, publish
 from common.rounds import ratio, timed
@@ -113,13 +114,14 @@ def starts(rounds: int) -> list[tuple[str, str]]:
 
 
 def render(
-    measured: dict[tuple[str, int], dict[str, list[float]]], begun: Sequence[tuple[str, str]], rounds: int
+    measured: dict[tuple[str, int], dict[str, list[float]]], begun: Sequence[tuple[str, str]], rounds: int, out: Path
 ) -> list[str]:
-    """The page."""
-    lines = []
+    """The page, with its picture beside it."""
+    lines, bars = [], []
     for (name, rows), times in measured.items():
         bare = times["frozen model"]
         shares = [f"{ratio(found, bare):.2f}" for side, found in times.items() if side != "frozen model"]
+        bars.append(Bar(f"{name}, {rows} row{'s' if rows > 1 else ''}", ratio(times["one prompt"], bare), TARGET))
         lines.append((name, str(rows), f"{rows * NEW / median(bare):,.0f}", *shares, f"{TARGET:.2f}"))
     columns = ("model", "rows", "tokens/s of the frozen model", "one prompt", "a prompt per row", "PEFT, one prompt")
     return [
@@ -129,6 +131,7 @@ def render(
             " start, import and load.",
             target=f"one prompt costs at most {TARGET:.2f} times the frozen model's time",
         ),
+        *draw(bars, "time under one prompt, as a multiple of the frozen model's", out.with_suffix(".png")),
         ABOUT.format(text=TEXT, new=NEW, length=LENGTH, rounds=rounds),
         "",
         *table((*columns, "target for one prompt"), lines),
@@ -153,8 +156,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     rounds = max(5, arguments.rounds)
     measured = {(name, rows): measure(name, rows, rounds) for name in arguments.models for rows in SIZES}
-    report = render(measured, starts(rounds), rounds)
-    publish(report, arguments.out)
+    publish(render(measured, starts(rounds), rounds, arguments.out), arguments.out)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Training one prompt, beside PEFT and beside the frozen model alone: `python benchmarks/train.py`.
 
-Writes `docs/benchmarks/train.md`: useful tokens per second on rows with E2E's lengths, in rounds in which all sides
-take turns, and the peak memory of a process of each side. `tiny`, a Llama of 45M with a vocabulary of 32,000, and
-GPT-2 small's shape (random weights for these two). On a GPU also Llamas of 1B and 8B.
+Writes `docs/benchmarks/train.md` and `train.png`: useful tokens per second on rows with E2E's lengths, in rounds in
+which all sides take turns, and the peak memory of a process of each side. `tiny`, a Llama of 45M with a vocabulary of
+32,000, and GPT-2 small's shape (random weights for these two). On a GPU also Llamas of 1B and 8B.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import torch
+from common.bars import Bar, draw
 from common.machine import device, facts, table
 from common.page import PAGES, head, publish
 from common.peft_loop import PeftTrainee, batch_of
@@ -46,20 +48,32 @@ def llama(layers: int, hidden: int, heads: int, inner: int, vocabulary: int) -> 
     return lambda: LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=heads // 2, tie_word_embeddings=tied))
 
 
-MODELS: dict[str, tuple[Callable[[], PreTrainedModel], int]] = {
-    # how it is made, rows per step
-    "tiny": (lambda: ov.load_base("tiny")[0], 8),
-    "Llama 45M, 32k vocabulary": (llama(8, 512, 8, 1536, 32_000), 8),
-    "GPT-2 small": (lambda: GPT2LMHeadModel(GPT2Config()), 4),
-}
-ON_GPU = {
-    "Llama 1B": (llama(16, 2048, 32, 8192, 32_000), 16),
-    "Llama 8B": (llama(32, 4096, 32, 14_336, 32_000), 8),
-}
 METHODS: dict[str, Method] = {
     "prefix, P = 20": ov.PrefixTuning(num_virtual_tokens=20, reparameterization=False),
     "prompt, P = 20": ov.PromptTuning(num_virtual_tokens=20),
     "prompt, P = 100": ov.PromptTuning(num_virtual_tokens=100),
+}
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model to train on."""
+
+    make: Callable[[], PreTrainedModel]
+    rows: int
+    """Per step."""
+    methods: Sequence[str]
+    """What is measured on it unless `--methods` says otherwise."""
+
+
+MODELS = {
+    "tiny": Base(lambda: ov.load_base("tiny")[0], 8, list(METHODS)),
+    "Llama 45M, 32k vocabulary": Base(llama(8, 512, 8, 1536, 32_000), 8, ["prefix, P = 20", "prompt, P = 20"]),
+    "GPT-2 small": Base(lambda: GPT2LMHeadModel(GPT2Config()), 4, ["prefix, P = 20"]),
+}
+ON_GPU = {
+    "Llama 1B": Base(llama(16, 2048, 32, 8192, 32_000), 16, list(METHODS)),
+    "Llama 8B": Base(llama(32, 4096, 32, 14_336, 32_000), 8, list(METHODS)),
 }
 TARGETS = {
     ("tiny", "prefix, P = 20"): 1.3,
@@ -70,6 +84,10 @@ TARGETS = {
 """Least useful tokens per second, as a multiple of PEFT's."""
 MEMORY = "prefix, P = 20"
 """The method whose peak memory is measured."""
+MEMORY_MODELS = ("Llama 45M, 32k vocabulary", *ON_GPU)
+MEMORY_TARGET = 0.7
+SIDES = ("overture", "recomputing", "peft")
+"""`recomputing` is Overture with gradient checkpointing."""
 ABOUT = """\
 In {dtype}. Medians of {rounds} rounds of {steps} steps; ratios are medians of the rounds' ratios.
 Useful tokens are those of the rows' text: no padding, no virtual tokens. `PEFT` gets batches as a shuffling data loader
@@ -78,20 +96,35 @@ fused AdamW. The frozen model reads Overture's batches padded, for Prompt Tuning
 forward to the learned positions alone, and backward to its input embeddings."""
 ABOUT_MEMORY = """\
 Peak memory of a process that takes {steps} steps of a prefix of P = 20 on twice the rows, the model and the libraries
-included (on a GPU: of what is allocated there). The target at the vocabulary of 32,000 is 0.70."""
+included (on a GPU: of what is allocated there). `recomputing` is Overture with `gradient_checkpointing=True`."""
 
 
 def load(name: str) -> PreTrainedModel:
     """A frozen model, the same at every call."""
     torch.manual_seed(0)
-    made = (MODELS | ON_GPU)[name][0]().to(torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+    made = (MODELS | ON_GPU)[name].make().to(torch.bfloat16 if torch.cuda.is_available() else torch.float32)
     return made.eval().requires_grad_(False).to(device())
 
 
-def tuned(model: PreTrainedModel, method: Method, rows: int, steps: int, listen: Callable[[Event], None]) -> None:
+def tuned(
+    model: PreTrainedModel,
+    method: Method,
+    rows: int,
+    steps: int,
+    listen: Callable[[Event], None],
+    *,
+    recomputing: bool = False,
+) -> None:
     """Tune a prompt with Overture."""
     _, tokenizer = ov.load_base("tiny")
-    config = ov.TuneConfig(steps=steps, batch_size=rows, learning_rate=1e-3, dev_fraction=0, precision="fp32")
+    config = ov.TuneConfig(
+        steps=steps,
+        batch_size=rows,
+        learning_rate=1e-3,
+        dev_fraction=0,
+        precision="fp32",
+        gradient_checkpointing=recomputing,
+    )
     ov.tune(model, tokenizer, method, restaurants(ROWS, 0), config=config, on_event=listen)
 
 
@@ -100,7 +133,7 @@ def measure(name: str, method: Method, rounds: int) -> Times:
     _, tokenizer = ov.load_base("tiny")
     form = Form(tokenizer=tokenizer)
     examples = encode_rows(TASKS["causal-lm"], load_rows(restaurants(ROWS, 0)), form, max_tokens=512)
-    rows = (MODELS | ON_GPU)[name][1]
+    rows = (MODELS | ON_GPU)[name].rows
     listener = Round(load(name), method, [examples], rows, rounds, shuffled=True)
     tuned(load(name), method, rows, WARM + rounds * STEPS, listener)
     return listener.times
@@ -115,9 +148,9 @@ def peak(name: str, method: str, side: str) -> int:
 
 def alone(name: str, method: Method, side: str) -> None:
     """Take some steps on one side, and print the peak of this process."""
-    model, rows = load(name), 2 * (MODELS | ON_GPU)[name][1]
-    if side == "overture":
-        tuned(model, method, rows, MEMORY_STEPS, lambda event: None)
+    model, rows = load(name), 2 * (MODELS | ON_GPU)[name].rows
+    if side != "peft":
+        tuned(model, method, rows, MEMORY_STEPS, lambda event: None, recomputing=side == "recomputing")
     else:
         _, tokenizer = ov.load_base("tiny")
         form = Form(tokenizer=tokenizer)
@@ -131,31 +164,30 @@ def alone(name: str, method: Method, side: str) -> None:
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
-def render(measured: dict[tuple[str, str], Times], peaks: dict[str, dict[str, int]], rounds: int) -> list[str]:
-    """The page."""
-    lines = []
+def render(
+    measured: dict[tuple[str, str], Times], peaks: dict[str, dict[str, int]], rounds: int, out: Path
+) -> list[str]:
+    """The page, with its picture beside it."""
+    lines, bars = [], []
     for (name, method), times in measured.items():
         rates = [times.tokens[i] / seconds for i, seconds in enumerate(times.cohort)]
         others = [times.shuffled_tokens[i] / seconds for i, seconds in enumerate(times.shuffled)]
-        target = TARGETS.get((name, method))
+        target, faster = TARGETS.get((name, method)), ratio(rates, others)
+        bars.append(Bar(f"{name}: {method}", faster, target))
         lines.append(
             (
                 name,
                 method,
-                str((MODELS | ON_GPU)[name][1]),
+                str((MODELS | ON_GPU)[name].rows),
                 f"{median(rates):,.0f}",
                 f"{median(others):,.0f}",
-                f"**{ratio(rates, others):.2f}**",
+                f"**{faster:.2f}**",
                 "" if target is None else f"{target:.1f}",
                 f"{ratio(times.peft, times.cohort):.2f}",
                 f"{ratio(times.bare, times.cohort):.2f}",
             )
         )
     columns = ("model", "method", "rows", "tokens/s", "PEFT's tokens/s", "times PEFT", "target")
-    memory = [
-        (name, *(f"{sides[side] / 2**20:,.0f} MiB" for side in sides), f"**{sides['overture'] / sides['peft']:.2f}**")
-        for name, sides in peaks.items()
-    ]
     dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     return [
         *head(
@@ -165,16 +197,31 @@ def render(measured: dict[tuple[str, str], Times], peaks: dict[str, dict[str, in
             target="≥ 1.3x to 2.4x PEFT, as in the table; peak memory ≤ 0.70 of PEFT's at a vocabulary of 32,000;"
             " ≥ 0.95 of the frozen model",
         ),
+        *draw(bars, "useful tokens per second, as a multiple of PEFT's", out.with_suffix(".png")),
         ABOUT.format(dtype=dtype, rounds=rounds, steps=STEPS),
         "",
         *table((*columns, "times PEFT, same batches", "of the frozen model"), lines),
         "",
-        ABOUT_MEMORY.format(steps=MEMORY_STEPS),
-        "",
-        *table(("model", "Overture", "PEFT", "of PEFT's"), memory),
-        "",
+        *_memory(peaks),
         *facts(),
     ]
+
+
+def _memory(peaks: dict[str, dict[str, int]]) -> list[str]:
+    if not peaks:
+        return []
+    rows = [
+        (
+            name,
+            *(f"{sides[side] / 2**20:,.0f} MiB" for side in SIDES),
+            f"**{sides['overture'] / sides['peft']:.2f}**",
+            f"{MEMORY_TARGET:.2f}",
+            f"{sides['recomputing'] / sides['peft']:.2f}",
+        )
+        for name, sides in peaks.items()
+    ]
+    columns = ("model", "Overture", "recomputing", "PEFT", "Overture / PEFT", "target", "recomputing / PEFT")
+    return [ABOUT_MEMORY.format(steps=MEMORY_STEPS), "", *table(columns, rows), ""]
 
 
 def main() -> None:
@@ -184,7 +231,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="how often to measure, at least 5")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--models", nargs="+", default=list(models), choices=models)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: those that each model stands for")
     parser.add_argument("--alone", nargs=3, metavar=("MODEL", "METHOD", "SIDE"), help="print one side's peak memory")
     parser.add_argument("--out", type=Path, default=REPORT, help="report to write")
     arguments = parser.parse_args()
@@ -197,11 +244,11 @@ def main() -> None:
     measured = {
         (name, method): measure(name, METHODS[method], rounds)
         for name in arguments.models
-        for method in arguments.methods
+        for method in arguments.methods or models[name].methods
     }
-    peaks = {name: {side: peak(name, MEMORY, side) for side in ("overture", "peft")} for name in arguments.models}
-    report = render(measured, peaks, rounds)
-    publish(report, arguments.out)
+    weighed = [name for name in arguments.models if name in MEMORY_MODELS]
+    peaks = {name: {side: peak(name, MEMORY, side) for side in SIDES} for name in weighed}
+    publish(render(measured, peaks, rounds, arguments.out), arguments.out)
 
 
 if __name__ == "__main__":
