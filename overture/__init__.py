@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from overture.tuning.api import tune as tune
     from overture.tuning.api import tune_many as tune_many
     from overture.tuning.config import TuneConfig as TuneConfig
+    from overture.tuning.distill.api import distill as distill
+    from overture.tuning.distill.config import StudyConfig as StudyConfig
+    from overture.tuning.distill.results import DistillResult as DistillResult
     from overture.tuning.evaluate import evaluate as evaluate
     from overture.tuning.predict import predict as predict
     from overture.tuning.results import TuneResult as TuneResult
@@ -42,6 +45,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "DeepPrompt": "methods",
+    "DistillResult": "tuning.distill.results",
     "Head": "prompt",
     "KVPrefix": "prompt",
     "ModelSpec": "spec",
@@ -52,6 +56,7 @@ _HOMES = {
     "PromptStore": "store",
     "PromptTuning": "methods",
     "SoftPrompt": "prompt",
+    "StudyConfig": "tuning.distill.config",
     "Template": "template",
     "TuneConfig": "tuning.config",
     "TuneResult": "tuning.results",
@@ -59,6 +64,7 @@ _HOMES = {
     "VirtualTokens": "prompt",
     "average": "runtime.compose",
     "compile_prefixes": "runtime.compile",
+    "distill": "tuning.distill.api",
     "encode": "runtime.encode",
     "ensemble": "runtime.ensemble",
     "evaluate": "tuning.evaluate",

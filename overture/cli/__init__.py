@@ -16,6 +16,7 @@ from typer.exceptions import TyperException
 from overture.cli import (
     chat,
     demo,
+    distill,
     doctor,
     eval,
     export,
@@ -61,6 +62,7 @@ app = typer.Typer(
 )
 app.command("tune")(tune.tune)
 app.command("tune-many")(tune_many.tune_many)
+app.command("distill")(distill.distill)
 app.command("eval")(eval.evaluate)
 app.command("generate")(generate.generate)
 app.command("predict")(predict.predict)
@@ -146,7 +148,7 @@ def _interrupted(words: Sequence[str]) -> dict[str, str]:
     if (folder and Path(folder).is_dir()) or "tune-many" in words[:1]:
         again = [*words, *(() if "--resume" in words else ("--resume",))]
         return report | {"do": f"go on where it stopped: {shlex.join([program(), *again])}"}
-    if "tune" in words[:1]:
+    if {"tune", "distill"} & set(words[:1]):
         return report | {"do": "start again; with --run-dir DIR a run can be resumed"}
     return report | {"do": "start again"}
 

@@ -27,7 +27,7 @@ from overture.tuning.prepare import Preparation
 from overture.tuning.results import CohortResult, TuneResult
 from overture.tuning.tasks import task_for
 
-__all__ = ["tune", "tune_many"]
+__all__ = ["check_method", "check_slots", "checkpoint_path", "tune", "tune_many"]
 
 # A pass of more rows is hardly faster per row, and a batch of all of ten thousand prompts would fit nowhere.
 _SLOTS = 64
@@ -172,7 +172,7 @@ def tune_many(
         filler=filler_id(tokenizer),
         listener=on_event or _ignore,
         hand_over=on_result,
-        checkpoint=_checkpoint_path(run_dir, resume),
+        checkpoint=checkpoint_path(run_dir, resume),
         identity=run_identity(ModelSpec.of(model).base, chosen, config, behind),
     )
     cohort.run(data, done=done, resume=resume)
@@ -222,7 +222,12 @@ def check_method(name: str, method: object) -> None:
         )
 
 
-def _checkpoint_path(run_dir: str | PathLike[str] | None, resume: bool) -> Path | None:
+def checkpoint_path(run_dir: str | PathLike[str] | None, resume: bool) -> Path | None:
+    """The checkpoint of a run folder, which is made if it is not there; None without a run folder.
+
+    Raises:
+        ConfigError: the folder cannot be made, or holds the checkpoint of a run that is not to be resumed.
+    """
     if run_dir is None:
         if resume:
             raise ConfigError(expected="a run folder to resume from", got="none", do="pass run_dir (--run-dir)")

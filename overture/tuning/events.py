@@ -8,7 +8,30 @@ from pathlib import Path
 
 from overture.errors import OvertureError
 
-__all__ = ["CheckpointSaved", "Evaluated", "Event", "Failed", "Finished", "Listener", "Planned", "Started", "StepDone"]
+__all__ = [
+    "CheckpointSaved",
+    "Evaluated",
+    "Event",
+    "Failed",
+    "Finished",
+    "Listener",
+    "Planned",
+    "Started",
+    "StepDone",
+    "Studied",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Studied:
+    """The base has asked and answered questions about one more part of a text."""
+
+    parts: int
+    """Parts that are done, from 1."""
+    total: int
+    """Parts there are."""
+    rows: int
+    """Rows that came of those that are done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,5 +111,5 @@ class CheckpointSaved:
     path: Path
 
 
-Event = Planned | Started | StepDone | Evaluated | Finished | Failed | CheckpointSaved
+Event = Studied | Planned | Started | StepDone | Evaluated | Finished | Failed | CheckpointSaved
 Listener = Callable[[Event], None]

@@ -7,6 +7,7 @@ import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Generator
@@ -28,7 +29,9 @@ from overture.tuning.forward import frozen
 from overture.tuning.tasks import Form, Task
 from overture.tuning.trainee import Trainee
 
-__all__ = ["Preparation"]
+__all__ = ["Preparation", "held_out"]
+
+R = TypeVar("R")
 
 _FEW_ROWS = 20
 _KEPT_STARTS = 8
@@ -109,7 +112,7 @@ class Preparation:
         rows = rows_of(self.data, name)
         if name in self.dev:
             return rows, rows_of(self.dev, name, kind="dev")
-        return _split(rows, self.config)
+        return held_out(rows, self.config)
 
     def _encoded(self, value: Prepared, form: Form, rows: Sequence[Row]) -> list[Example]:
         if not rows:
@@ -136,7 +139,7 @@ def _check_behind(model: PreTrainedModel, behind: SoftPrompt, method: Method, va
     check(Host.of(model), (behind, value))
 
 
-def _split(rows: list[Row], config: TuneConfig) -> tuple[list[Row], list[Row]]:
+def held_out(rows: list[R], config: TuneConfig) -> tuple[list[R], list[R]]:
     """Keep a share of the rows, chosen by the seed, for the dev split."""
     if len(rows) < _FEW_ROWS or config.dev_fraction == 0:
         return rows, []

@@ -2,7 +2,7 @@
 
 Prompt and completion are tokenized apart and joined, exactly as generation joins what it read and what it writes.
 
-Shape suffixes: B rows.
+Shape suffixes: B rows, N target tokens.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from overture.tuning.truncate import head, tail, too_long
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["SHAPES", "CausalLM"]
+__all__ = ["SHAPES", "CausalLM", "learned_places"]
 
 SHAPES: dict[str, frozenset[str]] = {
     "prompt + completion": frozenset({"prompt", "completion"}),
@@ -84,18 +84,22 @@ class CausalLM(Task):
     def losses(
         self, model: PreTrainedModel, rows: Sequence[Trained], examples: Sequence[Example], filler: int
     ) -> Float[Tensor, " B"]:
-        """Cross-entropy of the target tokens, summed over each row."""
-        places = [
-            (r, c)
-            for r, example in enumerate(examples)
-            if isinstance(example, TextExample)
-            for c, target in enumerate(example.targets)
-            if target and c
-        ]
-        before, wanted = [(r, c - 1) for r, c in places], [examples[r].ids[c] for r, c in places]
-        losses = token_losses(model, rows, examples, filler, before, wanted)
+        """Losses of the target tokens, summed over each row."""
+        places = learned_places(examples)
+        losses = self.target_losses(model, rows, examples, filler, places)
         owners = torch.tensor([r for r, _ in places], device=losses.device)
         return losses.new_zeros(len(examples)).index_add(0, owners, losses)
+
+    def target_losses(
+        self,
+        model: PreTrainedModel,
+        rows: Sequence[Trained],
+        examples: Sequence[Example],
+        filler: int,
+        places: Sequence[tuple[int, int]],
+    ) -> Float[Tensor, " N"]:
+        """Cross-entropy (nats) of every target token, which stands behind one of `places`."""
+        return token_losses(model, rows, examples, filler, places, [examples[r].ids[c + 1] for r, c in places])
 
     def measure(
         self, model: PreTrainedModel, trained: Trained, examples: Sequence[Example], form: Form, batch_size: int
@@ -115,6 +119,17 @@ class CausalLM(Task):
             for answer, (_, wanted) in zip(new.tolist(), sides, strict=True):
                 hits += answer[: len(wanted)] == list(wanted)
         return {"exact_match": hits / len(texts)}
+
+
+def learned_places(examples: Sequence[Example]) -> list[tuple[int, int]]:
+    """Row and column of every position before a target."""
+    return [
+        (r, c - 1)
+        for r, example in enumerate(examples)
+        if isinstance(example, TextExample)
+        for c, target in enumerate(example.targets)
+        if target and c
+    ]
 
 
 def _groups(examples: Sequence[TextExample], batch_size: int, room: int) -> Iterator[list[TextExample]]:
