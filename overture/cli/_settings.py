@@ -13,7 +13,41 @@ from overture.errors import ConfigError
 from overture.methods import METHODS, Method
 from overture.tuning.config import TuneConfig
 
-__all__ = ["method_and_config", "parse_value", "verbalizer"]
+__all__ = ["chosen", "method_and_config", "parse_value", "verbalizer"]
+
+_OF_METHOD = {"tokens": "num_virtual_tokens"} | {name: name for name in ("init", "template", "encoder", "verbalizer")}
+"""Options of a method by the name of their flag."""
+_OF_RUN = {"lr": "learning_rate"} | {
+    name: name
+    for name in (
+        "steps",
+        "batch_size",
+        "optimizer",
+        "schedule",
+        "seed",
+        "patience",
+        "max_length",
+        "truncate",
+        "precision",
+    )
+}
+"""Options of a run by the name of their flag."""
+
+
+def chosen(flags: Mapping[str, Any]) -> tuple[Method, TuneConfig]:
+    """The method and the run that a verb's flags ask for.
+
+    Args:
+        flags: values of all the verb's parameters by name; None for a flag that was not given. Those that are for
+            neither are left alone.
+
+    Raises:
+        ConfigError: as `method_and_config`.
+    """
+    of_method = {option: flags[flag] for flag, option in _OF_METHOD.items()}
+    of_method["verbalizer"] = verbalizer(flags["verbalizer"])
+    of_run = {option: flags[flag] for flag, option in _OF_RUN.items()}
+    return method_and_config(flags["method"], of_method, of_run, flags["option"] or ())
 
 
 def method_and_config(

@@ -58,6 +58,7 @@ def tune(
     Rows have the columns prompt and completion, or messages, or text, or text and label; for token classification
     tokens and tags; for question answering question, context and answers.
     """
+    flags = dict(locals())
     ui = Ui(as_json, quiet)
     check_output(out, ".safetensors")
     check_output(report, ".html")
@@ -70,12 +71,7 @@ def tune(
         from overture.cli._session import load_session
         from overture.tuning import api
 
-    of_method = {"num_virtual_tokens": tokens, "init": init, "template": template, "encoder": encoder}
-    of_method["verbalizer"] = _settings.verbalizer(verbalizer)
-    of_run = {"steps": steps, "batch_size": batch_size, "learning_rate": lr, "optimizer": optimizer}
-    of_run |= {"schedule": schedule, "seed": seed, "patience": patience, "precision": precision}
-    of_run |= {"max_length": max_length, "truncate": truncate}
-    chosen, config = _settings.method_and_config(method, of_method, of_run, option or ())
+    chosen, config = _settings.chosen(flags)
     session = load_session(ui, model, task=task)
     name = out.stem
     with TuningView(ui, {name: method}) as view:

@@ -101,6 +101,7 @@ def tune_many(
     store. One user's bad rows fail that user alone: the run goes on, says at the end who failed and why, and exits
     with 6. A run that was stopped goes on with --resume.
     """
+    flags = dict(locals())
     ui = Ui(as_json, quiet)
     for path in (data, dev):
         _require(path)
@@ -119,12 +120,7 @@ def tune_many(
         from overture.tuning.users import Users
 
     check_name(name)
-    of_method = {"num_virtual_tokens": tokens, "init": init, "template": template, "encoder": encoder}
-    of_method["verbalizer"] = _settings.verbalizer(verbalizer)
-    of_run = {"steps": steps, "batch_size": batch_size, "learning_rate": lr, "optimizer": optimizer}
-    of_run |= {"schedule": schedule, "seed": seed, "patience": patience, "precision": precision}
-    of_run |= {"max_length": max_length, "truncate": truncate}
-    chosen, config = _settings.method_and_config(method, of_method, of_run, option or ())
+    chosen, config = _settings.chosen(flags)
     with ui.busy(f"Looking for users in {data}", brief=True):
         everybody = Users.open(data, user_column)
         users = everybody.at_least(rows=min_rows, words=min_words)

@@ -195,6 +195,8 @@ class PrefixAttention:
         choice = self.rows.choice
         if stacked.shape[0] == 1:
             return stacked.to(like).expand(len(choice), -1, -1, -1)
+        if self.rows.aligned:
+            return stacked.to(like)
         return stacked.to(like).index_select(0, choice.to(like.device))
 
     def _joined(self, mask: Any, query: Tensor, keys: int, causal: bool, layer: int) -> Any:

@@ -195,10 +195,10 @@ def _joined(model: PreTrainedModel, host: Host, pieces: Sequence[tuple[Piece, KV
             known = host.shifted.setdefault(piece, {})
             if start not in known:
                 with measuring(model):
-                    known[start] = shifted(model, prefix, start)
+                    known[start] = shifted(model, host, prefix, start)
             prefix = known[start]
         else:
-            prefix = shifted(model, prefix, start)
+            prefix = shifted(model, host, prefix, start)
         placed.append(prefix)
         start += prefix.length
     return placed[0] if len(placed) == 1 else concatenated(placed)

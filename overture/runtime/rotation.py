@@ -64,17 +64,22 @@ def concatenated(prefixes: Sequence[KVPrefix]) -> KVPrefix:
     )
 
 
-def shifted(model: PreTrainedModel, prefix: KVPrefix, offset: int) -> KVPrefix:
+def shifted(model: PreTrainedModel, host: Host, prefix: KVPrefix, offset: int) -> KVPrefix:
     """The prefix at positions offset..offset+P-1 instead of 0..P-1; differentiable with respect to it.
 
     Only keys that a rotary embedding turns change. Learned positions are part of what a prompt's tokens computed,
     values have no position, and in models that are told none (encoder-decoders) a prefix stands at none.
 
+    Args:
+        model: the model.
+        host: the model's; asked for, because finding it looks at the whole model, and a batch has many prefixes.
+        prefix: the prefix.
+        offset: positions before it.
+
     Raises:
         ContextLengthError: it would end behind the model's context.
         UnsupportedModelError: what a position does to a key is no rotation.
     """
-    host = Host.of(model)
     end, limit = offset + prefix.length, _limit(host.spec)
     if end > limit:
         raise ContextLengthError(

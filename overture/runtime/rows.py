@@ -127,6 +127,8 @@ class PrefixRows:
     """Per part, True if every row has a prefix of the same length, so that nothing needs masking."""
     folds: Mapping[str, Fold | None]
     """Per part, the rows grouped by prompt; None if no row has a prefix for it."""
+    aligned: bool = False
+    """True if row i carries prefix i, so that nothing needs looking up."""
     moved: tuple[int, ...] | None = None
     """Per row, how far the text of an encoder-decoder's decoder stands behind its prefix; None if no row's does."""
 
@@ -156,6 +158,7 @@ class PrefixRows:
             lengths={part: torch.tensor(found, device=device) for part, found in lengths.items()},
             uniform={part: len(set(found)) == 1 for part, found in lengths.items()},
             folds={part: Fold.of(choice, found, device) for part, found in lengths.items()},
+            aligned=choice == list(range(len(covered))),
             moved=moved if "decoder" in parts and any(moved) else None,
         )
 
@@ -170,7 +173,8 @@ class PrefixRows:
         lengths = {part: found.repeat_interleave(times) for part, found in self.lengths.items()}
         folds = {part: None if fold is None else fold.repeated(times) for part, fold in self.folds.items()}
         moved = self.moved and tuple(offset for offset in self.moved for _ in range(times))
-        return replace(self, choice=self.choice.repeat_interleave(times), lengths=lengths, folds=folds, moved=moved)
+        choice = self.choice.repeat_interleave(times)
+        return replace(self, choice=choice, lengths=lengths, folds=folds, aligned=False, moved=moved)
 
     def fold(self, layer: int) -> Fold | None:
         """The rows grouped by prompt; None if no row has a prefix for the layer's part."""
@@ -191,10 +195,12 @@ def _spread(
     prefix: KVPrefix | None, layers: Sequence[AttentionLayer], like: Tensor
 ) -> tuple[list[Float[Tensor, "_K _P _D"]], list[Float[Tensor, "_K _P _E"]]]:
     """Keys and values for every layer; those of no positions for a layer that the prefix leaves out."""
+    if prefix is not None and prefix.parts is None:
+        return list(prefix.keys), list(prefix.values)
     keys = [like.new_zeros(layer.kv_heads, 0, layer.key_dim) for layer in layers]
     values = [like.new_zeros(layer.kv_heads, 0, layer.value_dim) for layer in layers]
     if prefix is not None:
-        covered = [i for i, layer in enumerate(layers) if prefix.parts is None or layer.part in prefix.parts]
+        covered = [i for i, layer in enumerate(layers) if layer.part in (prefix.parts or ())]
         for i, key, value in zip(covered, prefix.keys, prefix.values, strict=True):
             keys[i], values[i] = key, value
     return keys, values

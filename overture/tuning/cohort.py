@@ -23,6 +23,7 @@ from overture.tuning.plan import Plan, largest_step, planned, too_large
 from overture.tuning.results import TuneResult
 from overture.tuning.tasks import Task
 from overture.tuning.trainee import Trainee, noisy
+from overture.tuning.update import update
 from overture.tuning.waiting import Waiting
 
 __all__ = ["Cohort", "Handover"]
@@ -204,9 +205,13 @@ class Cohort:
                     losses[active[i].name] += loss
         for trainee in active:
             try:
-                trainee.update(losses[trainee.name])
+                trainee.check(losses[trainee.name])
             except DivergedError as error:
                 self._fail(trainee.name, error)
+        going = [trainee for trainee in active if trainee.name in self.running]
+        update(going)
+        for trainee in going:
+            trainee.count(losses[trainee.name])
         return losses, sum(len(e) for passes in batches for batch in passes for e in batch)
 
     def _due(self, trainee: Trainee) -> bool:

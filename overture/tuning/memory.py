@@ -21,6 +21,7 @@ from overture.tuning.losses import Share, backward
 from overture.tuning.passes import PassCost
 from overture.tuning.tasks import Task
 from overture.tuning.trainee import Trainee, noisy
+from overture.tuning.update import update
 
 __all__ = ["Holding", "measured", "parameter_bytes", "parse_bytes", "peak_bytes", "row_bytes"]
 
@@ -95,8 +96,8 @@ def measured(model: PreTrainedModel, task: Task, trainee: Trainee, filler: int) 
         token=row / len(longest),
         longest=len(longest),
     )
+    update(copies)
     for one in copies:
-        one.update(0.0)
         if one.dev:
             one.judge(0.0)
     return cost, _holding(copies[0])

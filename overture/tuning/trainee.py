@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Optimizer
 
 from overture.errors import DivergedError
@@ -107,27 +106,26 @@ class Trainee:
         head = {} if self.head is None else dict(self.head.named_parameters())
         return found | {f"head.{name}": parameter for name, parameter in head.items()}
 
-    def update(self, loss: float) -> None:
-        """Take one optimizer step on the gradients at hand.
-
-        Args:
-            loss: the step's mean loss per target token.
-
-        Raises:
-            DivergedError: the loss is not finite; the prompt stays as it was.
-        """
+    def check(self, loss: float) -> None:
+        """Raise `DivergedError` if the mean loss per target of the step at hand is not finite."""
         if not math.isfinite(loss):
             raise DivergedError(
                 expected="a finite loss",
                 got=f"{loss} at step {self.step + 1} of {self.name!r} (learning rate {self.peak_rate:g})",
                 do="lower the learning rate, and look for broken rows in the data",
             )
-        if self.config.clip is not None:
-            clip_grad_norm_(self.parameters().values(), self.config.clip)
+
+    def set_rate(self) -> None:
+        """Give the optimizer the rate of the step at hand."""
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * _rate(self.step, self.config)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+
+    def count(self, loss: float) -> None:
+        """Note that a step has been taken.
+
+        Args:
+            loss: its mean loss per target.
+        """
         self.step += 1
         self.train_curve.append((self.step, loss))
         if self.step >= self.config.steps:

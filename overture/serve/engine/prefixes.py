@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from overture.prompt import KVPrefix, SoftPrompt
+from overture.runtime.host import Host
 from overture.runtime.rotation import concatenated, shifted
 from overture.serve.engine.cache import LayerShape
 from overture.serve.engine.front import Compilation, Front
@@ -111,7 +112,9 @@ class Prefixes:
                 assert piece.result is not None
                 piece = piece.result
             piece = piece.map(lambda t: t.to(self._device))
-            placed.append(shifted(self._model, piece, sum(p.length for p in placed)) if placed else piece)
+            if placed:
+                piece = shifted(self._model, Host.of(self._model), piece, sum(p.length for p in placed))
+            placed.append(piece)
         joined = placed[0] if len(placed) == 1 else concatenated(placed)
         return replace(
             joined,
