@@ -43,7 +43,7 @@ def serve(
     rows: Annotated[int, typer.Option(help="Answers that the engine writes at once.", min=1)] = 64,
     cache_mb: Annotated[int, typer.Option(help="Keys and values of all answers, in megabytes.", min=1)] = _CACHE_MB,
     requests_per_minute: Annotated[int, typer.Option(help="Requests of one tenant.", min=1)] = 1200,
-    concurrency: Annotated[int, typer.Option(help="Answers of one tenant under way or waiting.", min=1)] = 64,
+    concurrency: Annotated[int, typer.Option(help="Answers of one tenant under way or waiting.", min=1)] = 48,
     queue: Annotated[int, typer.Option(help="Answers of all tenants under way or waiting.", min=1)] = 1024,
     answer_seconds: Annotated[float, typer.Option(help="Longest time for an answer.", min=0.1)] = 600.0,
     drain_seconds: Annotated[float, typer.Option(help="Time to finish answers when told to stop.", min=0.1)] = 30.0,

@@ -19,8 +19,9 @@ class ServeConfig:
     """Tenants whose prompts everybody may use."""
     requests_per_minute: int = 1200
     """Requests of one tenant; so many may come at once, and they come back evenly."""
-    concurrency: int = 64
-    """Answers of one tenant under way or waiting. A request for `n` answers counts n times."""
+    concurrency: int = 48
+    """Answers of one tenant under way or waiting. A request for `n` answers counts n times. Below the engine's
+    rows, so that no tenant alone can take them all."""
     queue: int = 1024
     """Answers of all tenants under way or waiting."""
     choices: int = 64

@@ -13,7 +13,8 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from overture.serve.keys import Caller, Role
+from overture.errors import StoreError
+from overture.serve.keys import Caller, KeyRing, Role
 from overture.serve.refusal import Refusal, failed
 from overture.serve.service import Service
 
@@ -22,6 +23,8 @@ __all__ = ["HUNG_UP", "Gate", "is_loopback"]
 _log = logging.getLogger("overture.serve")
 _OPEN = ("/health", "/ready", "/openapi.json", "/")
 """Paths that need no key. The playground's are below `/page/`."""
+_PATIENCE = (0.02, 0.05, 0.1, 0.2, 0.3, 0.3)
+"""Seconds between looks at a database of keys that another process is writing."""
 _METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
 HUNG_UP = 499
 """What logs and metrics show for a client that did not wait."""
@@ -46,7 +49,7 @@ class Gate:
             return
         visit = _Visit(scope, receive, send, self._service)
         try:
-            caller = self._caller(scope)
+            caller = await self._caller(scope)
             scope.setdefault("state", {})["caller"] = caller
             visit.tenant = caller.tenant
             await self._app(scope, visit.receive, visit.send)
@@ -58,11 +61,11 @@ class Gate:
         finally:
             visit.end()
 
-    def _caller(self, scope: Scope) -> Caller:
+    async def _caller(self, scope: Scope) -> Caller:
         """Who asks.
 
         Raises:
-            Refusal: no key, a wrong one, or one for other routes.
+            Refusal: no key, a wrong one, one for other routes, or keys cannot be looked up.
         """
         headers, path = Headers(scope=scope), str(scope["path"])
         if self._service.keys is None:
@@ -71,7 +74,7 @@ class Gate:
         if path in _OPEN or path.startswith("/page/"):
             return Caller(None, "")
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        caller = self._service.keys.caller(key.strip()) if scheme.lower() == "bearer" else None
+        caller = await _owner(self._service.keys, key.strip()) if scheme.lower() == "bearer" else None
         if caller is None:
             raise Refusal(401, "A valid API key is needed: 'Authorization: Bearer ov-...'.", code="invalid_api_key")
         roles = {"/admin": (Role.ADMIN,), "/metrics": (Role.ADMIN, Role.METRICS)}
@@ -142,6 +145,22 @@ class _Visit:
 
     def _too_large(self) -> Refusal:
         return Refusal(413, f"A request may have {self._most} bytes at most.", code="request_too_large")
+
+
+async def _owner(keys: KeyRing, key: str) -> Caller | None:
+    """Whose key it is. A change of keys by another process is waited for a moment, and holds up nobody else."""
+    for seconds in _PATIENCE:
+        try:
+            return keys.caller(key)
+        except StoreError:
+            await asyncio.sleep(seconds)
+    try:
+        return keys.caller(key)
+    except StoreError:
+        _log.error("keys cannot be looked up")
+        raise Refusal(
+            503, "Keys cannot be looked up just now. Try again.", code="keys_unavailable", retry_after=2.0
+        ) from None
 
 
 def is_loopback(host: str) -> bool:

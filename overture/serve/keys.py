@@ -9,6 +9,8 @@ import re
 import secrets
 import sqlite3
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -73,13 +75,15 @@ class KeyRing:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._lock = threading.Lock()
+        # Looking a key up waits for nobody, in this process or another, so it has a connection of its own.
+        self._lock, self._looking = threading.Lock(), threading.Lock()
         try:
             # Made here and not by SQLite, whose files everybody may read.
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
             self._database = sqlite3.connect(path, timeout=10.0, isolation_level=None, check_same_thread=False)
             self._database.execute("pragma secure_delete = on")
             self._database.execute(_LAYOUT)
+            self._reader = sqlite3.connect(path, timeout=0.0, isolation_level=None, check_same_thread=False)
         except (OSError, sqlite3.Error) as error:
             raise StoreError(
                 expected=f"a database of keys at {str(Path(path))!r}",
@@ -89,8 +93,9 @@ class KeyRing:
 
     def close(self) -> None:
         """Close the database."""
-        with self._lock:
+        with self._lock, self._looking:
             self._database.close()
+            self._reader.close()
 
     def add(self, role: Role, tenant: str | None = None) -> tuple[Key, str]:
         """Make a key.
@@ -128,20 +133,36 @@ class KeyRing:
             return bool(self._database.execute("delete from keys where id = ?", (id_,)).rowcount)
 
     def remove_tenant(self, tenant: str) -> int:
-        """Remove all keys of a tenant. Returns how many there were."""
-        with self._lock:
+        """Remove all keys of a tenant. Returns how many there were.
+
+        Raises:
+            StoreError: the database cannot be written.
+        """
+        with self._lock, _explained():
             return self._database.execute("delete from keys where tenant = ?", (check_tenant(tenant),)).rowcount
 
     def caller(self, text: str) -> Caller | None:
-        """Whose key it is; None if nobody's. The time it takes does not tell how much of a key was right."""
+        """Whose key it is; None if nobody's. The time it takes does not tell how much of a key was right.
+
+        Raises:
+            StoreError: the database cannot be read at this moment, as while another process writes it.
+        """
         match = _KEY.fullmatch(text)
-        with self._lock:
-            found = self._database.execute(
+        with self._looking, _explained():
+            found = self._reader.execute(
                 "select role, tenant, sha256 from keys where id = ?", (match[1] if match else "",)
             ).fetchone()
         role, tenant, expected = found or ("", None, _NOBODY)
         same = hmac.compare_digest(_digest(text), expected)
         return Caller(Role(role), tenant) if same and found else None
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise StoreError(expected="a database of keys that is free", got=str(error), do="try again") from None
 
 
 def _digest(text: str) -> bytes:

@@ -43,7 +43,7 @@ class Limits:
 
         Args:
             tenant: who asks.
-            answers: how many answers it wants.
+            answers: how many answers it wants; with 0 it counts as a request alone.
 
         Returns:
             What is given back at the end.

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import socket
+import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import openai
@@ -13,6 +16,7 @@ import pytest
 
 from overture.errors import ConfigError, DivergedError
 from overture.serve.config import ServeConfig
+from overture.serve.engine import EngineConfig
 from overture.serve.limits import Limits
 from overture.serve.refusal import Refusal, explained
 from tests.serve.conftest import Live, Serve
@@ -114,6 +118,63 @@ def test_a_busy_tenant_is_told_when_to_come_back(serve: Serve) -> None:
     assert caught.value.code == "concurrency_limit_exceeded"
     assert live.client("bob").chat.completions.create(max_tokens=1, **CHAT).choices  # type: ignore[call-overload]
     stream.close()
+
+
+def test_listing_models_counts_as_a_request(serve: Serve) -> None:
+    client = serve(requests_per_minute=2).http()
+    statuses = [client.get(path).status_code for path in ("/v1/models", "/v1/models/bard", "/v1/models")]
+    assert statuses == [200, 200, 429]
+    refused = client.get("/v1/models/bard")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+    assert 1 <= int(refused.headers["Retry-After"]) <= 30
+
+
+def test_no_tenant_can_take_all_rows() -> None:
+    """By default. Oracle: the engine's own default."""
+    assert ServeConfig().concurrency < EngineConfig().max_rows
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """As by another process in the middle of a change: an exclusive lock, for which SQLite waits."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("begin exclusive")
+        yield
+        other.execute("rollback")
+
+
+def test_keys_that_cannot_be_read_are_nobody_elses_trouble(serve: Serve, tmp_path: Path) -> None:
+    """Requests with a key are told to come back, soon; those without one are answered at once meanwhile."""
+    live = serve()
+    keyed, open_ = live.http(), live.http(None)
+    with locked(tmp_path / "keys.sqlite"), ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(keyed.get, "/v1/models")
+        slowest = 0.0
+        while not waiting.done():
+            start = time.perf_counter()
+            assert open_.get("/health").status_code == 200
+            slowest = max(slowest, time.perf_counter() - start)
+        answer = waiting.result()
+        erased = live.http("admin").delete("/admin/tenants/ada")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "keys_unavailable")
+    assert answer.json()["error"]["type"] == "server_error"
+    assert int(answer.headers["Retry-After"]) >= 1
+    assert erased.status_code == 503
+    # A request waits for a second at most; a loop that it blocked would show in one of the others.
+    assert slowest < 0.7 * answer.elapsed.total_seconds()
+    assert answer.elapsed.total_seconds() < 8
+    assert keyed.get("/v1/models").status_code == 200
+
+
+def test_a_change_of_keys_is_waited_for(serve: Serve, tmp_path: Path) -> None:
+    """A lock as short as that of a commit shows to nobody."""
+    live = serve()
+    client = live.http()
+    with ThreadPoolExecutor(1) as pool:
+        with locked(tmp_path / "keys.sqlite"):
+            waiting = pool.submit(client.get, "/v1/models")
+            time.sleep(0.2)
+        assert waiting.result().status_code == 200
 
 
 def test_a_client_that_leaves_an_upload_is_no_error_of_the_servers(serve: Serve) -> None:

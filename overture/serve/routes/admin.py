@@ -117,7 +117,7 @@ async def remove(
 async def erase(house: House, tenant: str) -> dict[str, Any]:
     """Erase all that is kept of a tenant, its keys included, and say what it was."""
     removed = asdict(await _asked(partial(house.store.erase, tenant)))
-    return removed | {"keys": house.keys.remove_tenant(tenant) if house.keys else 0}
+    return removed | {"keys": await _asked(partial(house.keys.remove_tenant, tenant)) if house.keys else 0}
 
 
 def _published(house: Service, tenant: str, name: str, path: Path, metadata: dict[str, str]) -> Record:
@@ -143,7 +143,7 @@ async def _asked(work: Callable[[], T]) -> T:
     except UnknownPromptError as error:
         raise Refusal(404, str(error), code="unknown_prompt") from None
     except StoreError as error:
-        raise Refusal(503, str(error), code="store_unavailable") from None
+        raise Refusal(503, str(error), code="store_unavailable", retry_after=5.0) from None
     except ConfigError as error:
         raise Refusal(400, str(error), code="invalid_request") from None
     except PromptFileError as error:

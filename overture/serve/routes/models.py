@@ -21,6 +21,7 @@ router = APIRouter()
 @router.get("/v1/models")
 async def models(house: House, caller: Asker) -> ModelList:
     """All models that may be named."""
+    house.limits.admit(caller.tenant or "", 0)
     served = await run_in_threadpool(house.directory.listed, caller)
     return ModelList(data=[_base(house), *(_listed(house, caller, s) for s in served)])
 
@@ -28,6 +29,7 @@ async def models(house: House, caller: Asker) -> ModelList:
 @router.get("/v1/models/{model:path}")
 async def model(model: str, house: House, caller: Asker) -> Model:
     """One of them; a prompt with all that is known of it."""
+    house.limits.admit(caller.tenant or "", 0)
     choice = await run_in_threadpool(house.directory.resolve, caller, model)
     if not choice.records:
         return _base(house)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from overture.errors import StoreError
 from overture.prompt import BaseModelId, KVPrefix, SoftPrompt
 from overture.serve.directory import Directory
 from overture.serve.keys import FILE, Caller, KeyRing
@@ -50,12 +51,16 @@ class Front:
         """Who asks, by the header.
 
         Raises:
-            Refusal: nobody who may.
+            Refusal: nobody who may, or keys cannot be looked up.
         """
         if self._keys is None:
             return Caller(None)
         scheme, _, key = authorization.partition(" ")
-        caller = self._keys.caller(key.strip()) if scheme.lower() == "bearer" else None
+        try:
+            caller = self._keys.caller(key.strip()) if scheme.lower() == "bearer" else None
+        except StoreError:
+            message = "Keys cannot be looked up just now. Try again."
+            raise Refusal(503, message, code="keys_unavailable", retry_after=2.0) from None
         if caller is None:
             raise Refusal(401, "A valid API key is needed: 'Authorization: Bearer ov-...'.", code="invalid_api_key")
         return caller
