@@ -11,6 +11,7 @@ import typer
 from overture.cli import _tuning_options as options
 from overture.cli._options import Json, Model, Quiet, Seed, check_data, check_output
 from overture.cli._program import program
+from overture.cli._run_folder import holding
 from overture.cli._ui import Ui, count
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def distill(
     of_run |= {"schedule": schedule, "seed": seed, "patience": patience, "precision": precision}
     chosen, config = _settings.method_and_config(method or USUAL.name, of_method, of_run, option or ())
     session = load_session(ui, model)
-    with TuningView(ui, {out.stem: chosen.name}) as view:
+    with holding(run_dir), TuningView(ui, {out.stem: chosen.name}) as view:
         result = api.distill(
             session.model,
             session.tokenizer,

@@ -12,6 +12,7 @@ import typer
 from overture.cli import _tuning_options as options
 from overture.cli._options import Data, Json, Model, Quiet, Seed, check_data, check_output
 from overture.cli._program import program
+from overture.cli._run_folder import holding
 from overture.cli._ui import Ui, count
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def tune(
     chosen, config = _settings.chosen(flags)
     session = load_session(ui, model, task=task)
     name = out.stem
-    with TuningView(ui, {name: method}) as view:
+    with holding(run_dir), TuningView(ui, {name: method}) as view:
         result = api.tune(
             session.model,
             session.tokenizer,

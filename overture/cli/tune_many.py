@@ -14,6 +14,7 @@ import typer
 from overture.cli import _tuning_options as options
 from overture.cli._options import Json, Model, Quiet, Seed
 from overture.cli._program import program
+from overture.cli._run_folder import holding
 from overture.cli._stopping import stoppable
 from overture.cli._ui import Ui
 from overture.cli.store import HERE, Blobs, Store
@@ -137,7 +138,11 @@ def tune_many(
         opened_on: Any = on_ray(ui, load, task, address, workers, cpus_per_worker, gpus_per_worker)
     else:
         opened_on = here(ui, model, task)
-    with PromptStore(store, blobs=blobs, key=Key.from_environment()) as opened, opened_on as place:
+    with (
+        holding(run_dir),
+        PromptStore(store, blobs=blobs, key=Key.from_environment()) as opened,
+        opened_on as place,
+    ):
         publisher = Publisher(opened, name, identity_of(place.base, place.task, chosen, config), users, held_out)
         done = publisher.done() if resume else set[str]()
         with stoppable(), CohortView(ui, len(users), config.steps, done=len(done)) as view:

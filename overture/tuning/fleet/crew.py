@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -125,11 +126,12 @@ class RayCrew:
     def hire(self) -> int:
         """Start one more worker."""
         self._count += 1
-        made = self.ray.remote(Worker).options(
-            num_cpus=self.cpus, num_gpus=self.gpus, max_concurrency=2, max_restarts=0
-        )
-        actor = made.remote(self.load, self.task, self.cpus, "cuda" if self.gpus else "cpu")
-        actor.open.remote()
+        with self._explained():
+            made = self.ray.remote(Worker).options(
+                num_cpus=self.cpus, num_gpus=self.gpus, max_concurrency=2, max_restarts=0
+            )
+            actor = made.remote(self.load, self.task, self.cpus, "cuda" if self.gpus else "cpu")
+            actor.open.remote()
         self._hands[self._count] = _Hand(actor)
         return self._count
 
@@ -139,7 +141,8 @@ class RayCrew:
 
     def give(self, worker: int, users: HandOut) -> None:
         """Let a worker tune users."""
-        self._hands[worker].actor.tune.remote(users)
+        with self._explained():
+            self._hands[worker].actor.tune.remote(users)
 
     def confirm(self, worker: int, name: str) -> None:
         """Tell a worker, with the next poll, that a result is where it belongs."""
@@ -150,13 +153,14 @@ class RayCrew:
         if self._early:
             early, self._early = self._early, []
             return early
-        for hand in self._hands.values():
-            if hand.poll is None:
-                hand.poll = hand.actor.poll.remote(_POLL, tuple(hand.confirmed))
-                hand.confirmed.clear()
-        waiting = {hand.poll: worker for worker, hand in self._hands.items()}
-        ready, _ = self.ray.wait(list(waiting), num_returns=1, timeout=seconds)
-        return [(waiting[poll], self._answer(waiting[poll])) for poll in ready]
+        with self._explained():
+            for hand in self._hands.values():
+                if hand.poll is None:
+                    hand.poll = hand.actor.poll.remote(_POLL, tuple(hand.confirmed))
+                    hand.confirmed.clear()
+            waiting = {hand.poll: worker for worker, hand in self._hands.items()}
+            ready, _ = self.ray.wait(list(waiting), num_returns=1, timeout=seconds)
+            return [(waiting[poll], self._answer(waiting[poll])) for poll in ready]
 
     def _answer(self, worker: int) -> list[Message] | None:
         hand = self._hands[worker]
@@ -169,6 +173,18 @@ class RayCrew:
             return None
         hand.poll = None
         return said
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """What goes wrong with Ray itself, and not with one worker, as an error of the fleet."""
+        try:
+            yield
+        except (self.ray.exceptions.RayError, ConnectionError) as error:
+            raise FleetError(
+                expected="a Ray cluster that answers for as long as there are users to tune",
+                got=f"{type(error).__name__}: {(str(error).strip() or 'no word of why').splitlines()[0]}",
+                do="look at ray status and Ray's logs; the same command with --resume repeats nobody who is done",
+            ) from error
 
     def _room(self) -> int:
         """How many workers the cluster has room for."""

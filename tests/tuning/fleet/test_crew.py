@@ -13,6 +13,7 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -23,9 +24,9 @@ from overture.models import load_base
 from overture.tuning.api import tune_many
 from overture.tuning.config import TuneConfig
 from overture.tuning.events import StepDone
-from overture.tuning.fleet.crew import RayCrew
+from overture.tuning.fleet.crew import RayCrew, _Hand
 from overture.tuning.fleet.driver import tune_fleet
-from overture.tuning.fleet.messages import Message, Ready
+from overture.tuning.fleet.messages import HandOut, Message, Ready
 from overture.tuning.results import TuneResult
 
 METHOD = PrefixTuning(num_virtual_tokens=2, reparameterization=False)
@@ -134,6 +135,21 @@ def test_a_model_that_no_worker_finds(tmp_path: Path) -> None:
         pytest.raises(UnsupportedModelError, match="nowhere"),
     ):
         crew.first()
+
+
+@pytest.mark.parametrize("call", ["hire", "give", "wait"])
+def test_what_goes_wrong_with_ray_itself_is_an_error_of_the_fleet(call: str) -> None:
+    """Oracle: the shape of the project's errors. Ray's first line stands in it, its traceback does not."""
+    ray = pytest.importorskip("ray", reason="needs Ray: pip install 'overture[fleet]'")
+    broken = Mock(side_effect=ray.exceptions.RaySystemError("the head is gone\nand a traceback"))
+    crew = object.__new__(RayCrew)  # without a cluster
+    crew.ray = Mock(exceptions=ray.exceptions, remote=broken, wait=broken)
+    crew.load, crew.task, crew.cpus, crew.gpus, crew._count, crew._early = Mock(), None, 1, 0.0, 0, []
+    crew._hands = {1: _Hand(Mock(**{"tune.remote": broken}), poll=0)}
+    calls = {"hire": crew.hire, "give": lambda: crew.give(1, Mock(spec=HandOut)), "wait": lambda: crew.wait(1.0)}
+    with pytest.raises(FleetError, match=r"RaySystemError: .*the head is gone.*--resume") as found:
+        calls[call]()
+    assert "traceback" not in found.value.got
 
 
 def test_without_ray_there_is_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
