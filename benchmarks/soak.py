@@ -30,7 +30,7 @@ from common.page import PAGES, head, publish
 
 from overture.formats import native
 from overture.models.load import load_base
-from overture.prompt import KVPrefix, SoftPrompt
+from overture.prompt import KVPrefix, SoftPrompt, VirtualTokens
 from overture.serve.keys import FILE, KeyRing, Role
 from overture.spec import ModelSpec
 from overture.store import PromptStore
@@ -67,7 +67,11 @@ class Tally:
 
 
 def random_prompt(spec: ModelSpec, seed: int, length: int) -> SoftPrompt:
+    """A prefix for even seeds, virtual tokens for odd ones."""
     generator = torch.Generator().manual_seed(seed)
+    if seed % 2:
+        tokens = spec.embedding_scale * torch.randn(length, spec.hidden_size, generator=generator)
+        return SoftPrompt(value=VirtualTokens(tokens), base=spec.base)
     keys, values = (
         tuple(0.2 * torch.randn(layer.kv_heads, length, layer.key_dim, generator=generator) for layer in spec.layers)
         for _ in range(2)
