@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -52,6 +52,8 @@ class Rows:
     """True if prefixes drop out of sliding windows."""
     packing: Packing | None = None
     """Which token is of which row, where the rows stand end to end in one."""
+    repeated: dict[int, PrefixRows] = field(default_factory=dict)
+    """The prefixes by how often each row stands in a batch: every token that is generated asks for them again."""
 
     @property
     def empty(self) -> bool:
@@ -184,7 +186,9 @@ class Host:
         if outside or module is self.stacks[0]:
             new |= self._placed(rows, entered, times)
         if rows.prefixes is not None:
-            prefixes = rows.prefixes.repeated(times)
+            if times not in rows.repeated:
+                rows.repeated[times] = rows.prefixes.repeated(times)
+            prefixes = rows.repeated[times]
             moved = None
             if prefixes.moved is not None and module is self.stacks[-1]:
                 moved = Moved(prefixes.moved, entered.start, None if self._bias is None else self._bias())

@@ -6,8 +6,9 @@ Shape suffixes: B rows, T text.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ class Pass:
     @classmethod
     def of(cls, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tokens: TokenRows | None) -> Pass:
         """The pass that a module is called for, every argument by its name."""
-        parameters = inspect.signature(getattr(module, "_orig_mod", module).forward).parameters
+        parameters = _parameters(getattr(module, "_orig_mod", module).forward)
         kwargs = dict(zip(parameters, args, strict=False)) | kwargs
         return cls(kwargs, parameters, _start(kwargs, tokens))
 
@@ -75,6 +76,20 @@ class Pass:
                 got=f"{least}, such as transformers' generate passes to a decoder of this kind",
                 do="leave position_ids out, and generate with a model such as Llama or GPT-2",
             )
+
+
+def _parameters(forward: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """The parameters of a forward method. Finding them takes as long as a small layer, so those of a class are kept."""
+    if not inspect.ismethod(forward):
+        return inspect.signature(forward).parameters
+    names = iter(_of_function(forward.__func__).items())
+    next(names)  # the module itself
+    return dict(names)
+
+
+@lru_cache(maxsize=64)
+def _of_function(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(function).parameters
 
 
 def check_room(spec: ModelSpec, positions: Int[Tensor, "... T"], *, ahead: bool) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
 
-__all__ = ["chunked_cross_entropy"]
+__all__ = ["chunked_cross_entropy", "precise"]
 
 _SCORES = 2**22
 """Numbers in a chunk of scores, about."""
@@ -61,7 +61,7 @@ class _Losses(torch.autograd.Function):
 
 def _alone(head: nn.Module, hidden: Tensor, wanted: Tensor) -> tuple[Tensor]:
     """Losses of some positions."""
-    return (cross_entropy(_precise(head(hidden)), wanted, reduction="none"),)
+    return (cross_entropy(precise(head(hidden)), wanted, reduction="none"),)
 
 
 def _with_slopes(head: nn.Module, hidden: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,7 +70,7 @@ def _with_slopes(head: nn.Module, hidden: Tensor, wanted: Tensor) -> tuple[Tenso
         hidden = hidden.detach().requires_grad_()
         scores: Tensor = head(hidden)
     with torch.no_grad():
-        shares = _precise(scores).log_softmax(-1)
+        shares = precise(scores).log_softmax(-1)
         chosen = wanted[:, None]
         losses = -shares.gather(1, chosen)[:, 0]
         # The gradient of the scores: the share of every token, less one for the wanted one.
@@ -78,5 +78,6 @@ def _with_slopes(head: nn.Module, hidden: Tensor, wanted: Tensor) -> tuple[Tenso
     return losses, torch.autograd.grad(scores, hidden, slope.to(scores.dtype))[0]
 
 
-def _precise(scores: Tensor) -> Tensor:
+def precise(scores: Tensor) -> Tensor:
+    """Scores in fp32 at least, for a loss."""
     return scores.to(torch.promote_types(scores.dtype, torch.float32))

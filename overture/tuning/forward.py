@@ -22,7 +22,7 @@ from overture.runtime.packed import packed, packs
 from overture.runtime.prompts import Piece, RowPrompt, prompts
 from overture.runtime.reading import Encoded, batch_rows
 from overture.spec import ModelSpec, evaluating, execution_device, gives_plain_logits, settled, unwrapped
-from overture.tuning.chunked import chunked_cross_entropy
+from overture.tuning.chunked import chunked_cross_entropy, precise
 from overture.tuning.example import Example
 
 __all__ = ["Trained", "collate", "frozen", "precise", "run", "selected_logits", "token_losses"]
@@ -144,11 +144,6 @@ def _run_packed(model: PreTrainedModel, rows: Sequence[Trained], examples: Seque
 
 def _without_cache(model: PreTrainedModel) -> dict[str, bool]:
     return {"use_cache": False} if "use_cache" in inspect.signature(unwrapped(model).forward).parameters else {}
-
-
-def precise(logits: Tensor) -> Tensor:
-    """Logits in fp32 at least, for a loss."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 @contextmanager
