@@ -62,6 +62,7 @@ def distill(
     run_dir: options.RunDir = None,
     resume: options.Resume = False,
     option: options.Extra = None,
+    report: Annotated[Path | None, typer.Option(metavar="FILE", help="Write an HTML report.")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -72,6 +73,7 @@ def distill(
     """
     ui = Ui(as_json, quiet)
     check_output(out, ".safetensors")
+    check_output(report, ".html")
     if questions is not None:
         check_data(questions, kind="question")
     with ui.busy("Starting", brief=True):
@@ -109,7 +111,20 @@ def distill(
             on_event=_with_study(ui, view),
         )
     result.prompt.save(out)
-    ui.result(_document(result, out), *_panel(result, out, _next(out, model)))
+    if report is not None:
+        from overture.cli._reporting import settings_of, summary_of, versions
+        from overture.report import Report, write
+
+        page = Report(
+            title=f"{out.stem}: {document.name} as a soft prompt for {model}",
+            summary="Losses are divergences (nats per token) from the base that sees the text, for which they are 0; "
+            "before is the base without the text. The base model did not change.",
+            prompts=(summary_of(result.run, file=str(out)),),
+            settings={"document": document, "model": model} | settings_of(chosen, config) | studied.as_dict(),
+            versions=versions(),
+        )
+        write(page, report)
+    ui.result(_document(result, out, report), *_panel(result, out, _next(out, model)))
 
 
 def _with_study(ui: Ui, view: Any) -> Any:
@@ -125,12 +140,13 @@ def _with_study(ui: Ui, view: Any) -> Any:
     return listen
 
 
-def _document(result: DistillResult, out: Path) -> dict[str, Any]:
+def _document(result: DistillResult, out: Path, report: Path | None) -> dict[str, Any]:
     run = result.run
     return {
         "name": run.name,
         "method": run.method,
         "prompt": str(out),
+        "report": str(report) if report else None,
         "virtual_tokens": result.prompt.length,
         "document_tokens": result.document_tokens,
         "chunks": result.chunks,

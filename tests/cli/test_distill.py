@@ -44,11 +44,14 @@ def test_writes_the_prompt_and_one_json_document(run: Run, llama: Path, text: Pa
 
 def test_the_panel_says_what_it_takes_and_what_to_try(run: Run, llama: Path, text: Path, tmp_path: Path) -> None:
     asked = write_rows(tmp_path / "q.jsonl", [{"prompt": "say six: "}])
-    out = tmp_path / "p.safetensors"
-    done = run("distill", "--document", text, "--model", llama, *FEW, "--out", out, "--questions", asked, "--lr", 0.01)
+    out, page = tmp_path / "p.safetensors", tmp_path / "p.html"
+    done = run(
+        "distill", "--document", text, "--model", llama, *FEW, "--out", out, "--questions", asked, "--report", page
+    )
     assert done.code == 0, done.err
     for words in ("studied 1/1", "step 3/3"):
         assert words in done.err
+    assert "text.txt as a soft prompt" in page.read_text()
     for words in ("without it", "behind the prompt", "times less"):
         assert words in done.out
 

@@ -15,7 +15,7 @@ from overture.tuning.distill.study import study
 from overture.tuning.events import CheckpointSaved, Studied
 
 TEXT = "the red ship and the blue ship say one two three again of tea and a cup of green tea"
-STUDY = ov.StudyConfig(quotes=12, continuations=6, questions=4, turn_tokens=8)
+STUDY = ov.StudyConfig(quotes=12, continuations=4, questions=2, turn_tokens=8)
 CONFIG = ov.TuneConfig(steps=8, batch_size=4, learning_rate=0.1, checkpoint_every=2)
 PREFIX = ov.PrefixTuning(num_virtual_tokens=4, reparameterization=False)
 CHAT = (
@@ -49,9 +49,9 @@ def test_as_long_as_the_text_it_starts_as_the_text(model, tokenizer):
     "method",
     [
         PREFIX,
-        ov.PrefixTuning(num_virtual_tokens=4, reparameterization_hidden=16),
+        pytest.param(ov.PrefixTuning(num_virtual_tokens=4, reparameterization_hidden=16), marks=pytest.mark.slow),
         ov.PromptTuning(num_virtual_tokens=4),
-        ov.DeepPrompt(num_virtual_tokens=4),
+        pytest.param(ov.DeepPrompt(num_virtual_tokens=4), marks=pytest.mark.slow),
     ],
     ids=["prefix", "network", "tokens", "deep"],
 )
@@ -183,7 +183,7 @@ def test_another_run_is_refused(model, tokenizer, tmp_path, change):
     if change == "text":
         text += " and tea"
     elif change == "study":
-        options["study"] = ov.StudyConfig(quotes=13, continuations=6, questions=4, turn_tokens=8)
+        options["study"] = ov.StudyConfig(quotes=13, continuations=4, questions=2, turn_tokens=8)
     elif change == "method":
         method = ov.PrefixTuning(num_virtual_tokens=5, reparameterization=False)
     elif change == "damage":
