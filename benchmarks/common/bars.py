@@ -32,18 +32,17 @@ def draw(bars: Sequence[Bar], axis: str, path: Path) -> list[str]:
     axes = figure.subplots()
     places, marked = range(len(bars)), [(i, bar.target) for i, bar in enumerate(bars) if bar.target is not None]
     drawn = axes.barh(list(places), [bar.value for bar in bars], height=0.6, color="#4c78a8")
-    axes.bar_label(drawn, fmt="%.2f", padding=4)
+    axes.bar_label(drawn, fmt="%.2f", label_type="center", color="white")  # at its end a target may stand
     axes.plot(
-        [t for _, t in marked], [i for i, _ in marked], "|", color="#e45756", markersize=20, mew=2, label="target"
+        [t for _, t in marked], [i for i, _ in marked], "|", color="#e45756", markersize=16, mew=2, label="target"
     )
     axes.axvline(1, color="gray", linewidth=0.8)
     axes.set_yticks(list(places), [bar.label for bar in bars])
     axes.invert_yaxis()
-    axes.margins(x=0.12)
     axes.set_xlabel(axis)
     axes.spines[["top", "right"]].set_visible(False)
     if marked:
-        axes.legend(loc="lower right", frameon=False)
+        figure.legend(loc="outside upper right", frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     return [f"![{axis}]({path.name})", ""]
