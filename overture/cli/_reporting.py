@@ -13,7 +13,31 @@ from overture.report import PromptSummary
 from overture.tuning.config import TuneConfig
 from overture.tuning.results import TuneResult
 
-__all__ = ["settings_of", "summary_of", "versions"]
+__all__ = ["Shortlist", "settings_of", "summary_of", "versions"]
+
+
+class Shortlist:
+    """Of a run of many, the prompts that a page has room for: those that gained least, which are worth a look.
+
+    Args:
+        room: how many, 1 or more.
+    """
+
+    def __init__(self, room: int = 100) -> None:
+        self.room, self.count = room, 0
+        self._kept: list[PromptSummary] = []
+
+    def add(self, summary: PromptSummary) -> None:
+        """Take one more into account."""
+        self.count += 1
+        self._kept.append(summary)
+        if len(self._kept) >= 2 * self.room:  # so that a run of a million users keeps few of them
+            self._kept = list(self.prompts)
+
+    @property
+    def prompts(self) -> tuple[PromptSummary, ...]:
+        """Them, the one that gained least in front."""
+        return tuple(sorted(self._kept, key=lambda one: (one.loss_before - one.loss_after, one.name))[: self.room])
 
 
 def summary_of(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from overture.cli import _tuning_options as options
-from overture.cli._options import Json, Model, Quiet, Seed
+from overture.cli._options import Json, Model, Quiet, Seed, check_output
 from overture.cli._program import program
 from overture.cli._run_folder import holding
 from overture.cli._stopping import stoppable
@@ -22,6 +22,8 @@ from overture.errors import ConfigError, DataError, OvertureError
 
 if TYPE_CHECKING:
     from overture.cli._publishing import Publisher
+    from overture.cli._reporting import Shortlist
+    from overture.tuning.results import TuneResult
     from overture.tuning.users import Users
 
 __all__ = ["tune_many"]
@@ -93,6 +95,9 @@ def tune_many(
         ),
     ] = False,
     option: options.Extra = None,
+    report: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write an HTML report, of the 100 users who gained least.")
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -106,6 +111,7 @@ def tune_many(
     ui = Ui(as_json, quiet)
     for path in (data, dev):
         _require(path)
+    check_output(report, ".html")
     if engine not in ("local", "ray"):
         raise ConfigError(expected="an engine: local or ray", got=repr(engine), do="choose one of these")
     began = time.monotonic()
@@ -114,6 +120,7 @@ def tune_many(
         from overture.cli._cohort_view import CohortView
         from overture.cli._places import here, on_ray
         from overture.cli._publishing import Publisher, identity_of
+        from overture.cli._reporting import Shortlist, settings_of, summary_of
         from overture.models.load import load_base
         from overture.store import Key, PromptStore
         from overture.store.names import check_name
@@ -145,6 +152,12 @@ def tune_many(
     ):
         publisher = Publisher(opened, name, identity_of(place.base, place.task, chosen, config), users, held_out)
         done = publisher.done() if resume else set[str]()
+        shortlist = Shortlist()
+
+        def take(result: TuneResult) -> None:
+            publisher(result)
+            shortlist.add(summary_of(result))
+
         with stoppable(), CohortView(ui, len(users), config.steps, done=len(done)) as view:
             result = place.tune(
                 chosen,
@@ -155,7 +168,7 @@ def tune_many(
                 slots=slots,
                 memory=memory,
                 done=done,
-                on_result=publisher,
+                on_result=take,
                 run_dir=run_dir,
                 resume=resume and run_dir is not None,
                 on_event=view,
@@ -164,7 +177,10 @@ def tune_many(
         if run_dir is not None:
             (run_dir / CHECKPOINT).unlink(missing_ok=True)
     document = _document(publisher, result.failures, len(done), time.monotonic() - began)
+    document["report"] = None if report is None else str(report)
     document |= {"left_out": len(everybody) - len(users), "store": store, "name": name, "run": publisher.run}
+    if report is not None:
+        _write_report(report, shortlist, document, {"data": data, "model": model} | settings_of(chosen, config))
     ui.result(document, *_panel(document, blobs))
     if result.failures:
         raise typer.Exit(6)
@@ -206,6 +222,26 @@ def _document(
     }
 
 
+def _write_report(
+    path: Path, shortlist: Shortlist, document: Mapping[str, Any], settings: Mapping[str, object]
+) -> None:
+    """The page of a run of many."""
+    from overture.cli._reporting import versions
+    from overture.report import Report, write
+
+    shown = len(shortlist.prompts)
+    which = "all of them" if shown == shortlist.count else f"the {shown} that gained least"
+    failed = f"; {len(document['failed']):,} users failed" if document["failed"] else ""
+    page = Report(
+        title=f"A soft prompt for each of {shortlist.count:,} users",
+        summary=f"Below {which}, the one that gained least in front{failed}. The base model did not change.",
+        prompts=shortlist.prompts,
+        settings=settings,
+        versions=versions(),
+    )
+    write(page, path)
+
+
 def _mean(values: list[Any]) -> float | None:
     return sum(values) / len(values) if values else None
 
@@ -220,6 +256,8 @@ def _panel(document: Mapping[str, Any], blobs: str | None) -> list[Any]:
         "done": Text(f"{document['done']:,} users" + (f", and {before:,} before" if before else "")),
         "failed": Text(f"{len(failed):,} users" if failed else "nobody", style="bold red" if failed else ""),
     }
+    if document["report"]:
+        rows["report"] = Text(document["report"])
     if document["done"]:
         rows["pace"] = Text(f"{document['users_per_minute']:.1f} users per minute, {document['seconds']:.0f} s in all")
         losses = f"{document['loss_before']:.4f} before, {document['loss_after']:.4f} after"

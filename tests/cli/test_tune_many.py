@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
+from overture.cli._reporting import Shortlist
 from overture.prompt import SoftPrompt
+from overture.report import PromptSummary
 from overture.store import PromptStore
 
 from .conftest import ROWS, Run, started, write_rows
@@ -104,6 +106,46 @@ def test_the_summary_says_what_was_made_and_what_to_try(run: Run, llama: Path, f
     listed = run("store", "ls", "--store", place)
     assert listed.code == 0
     assert "ada/voice" in listed.out
+
+
+def test_the_report_shows_every_user_and_who_gained_least_first(
+    run: Run, llama: Path, folder: Path, tmp_path: Path
+) -> None:
+    """Oracle: the losses in the command's own document."""
+    page = tmp_path / "users.html"
+    words = ["tune-many", "--data", folder, "--store", tmp_path / "s", "--model", llama, *FEW, "--report", page]
+    done = run(*words, "--json")
+    assert done.code == 0, done.err
+    assert done.document["report"] == str(page)
+    users = done.document["users"]
+    ordered = sorted(users, key=lambda user: users[user]["loss_before"] - users[user]["loss_after"])
+    text = page.read_text()
+    places = [text.index(f"<th>{user}</th>") for user in ordered]
+    assert places == sorted(places)
+    assert "each of 3 users" in text
+    check(run(*words[:-1], tmp_path / "none" / "users.html"), 2, "existing folder")
+
+
+def test_a_page_of_many_users_keeps_those_who_gained_least() -> None:
+    """Oracle: all of them, sorted."""
+    gains = [(7 * number) % 50 for number in range(50)]
+    shortlist = Shortlist(room=4)
+    for number, gain in enumerate(gains):
+        shortlist.add(
+            PromptSummary(
+                name=f"{number}",
+                method="prefix",
+                virtual_tokens=1,
+                trained_parameters=1,
+                stored_parameters=1,
+                base_parameters=1,
+                loss_before=100.0,
+                loss_after=100.0 - gain,
+                seconds=1.0,
+            )
+        )
+    assert shortlist.count == 50
+    assert [gains[int(one.name)] for one in shortlist.prompts] == sorted(gains)[:4]
 
 
 def test_bad_users_fail_alone_and_can_be_made_up_for(run: Run, llama: Path, folder: Path, tmp_path: Path) -> None:
