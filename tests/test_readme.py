@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from overture.cli import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -50,24 +55,18 @@ def test_the_python_runs_in_a_clone(tmp_path: Path) -> None:
     assert len(done.stdout.strip().splitlines()) >= 4
 
 
-def test_the_commands_run_in_a_clone(tmp_path: Path) -> None:
+def test_the_commands_run_in_a_clone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Every `overture` line of the README, in order; only the number of steps is cut."""
     lines = [line for block in _blocks("bash") for line in block.splitlines() if line.startswith("overture ")]
     assert len(lines) >= 6
     (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
     for line in lines:
         words = shlex.split(line)[1:] + (["--steps", "4"] if "tune" in line.split()[1] else [])
-        done = subprocess.run(
-            [sys.executable, "-m", "overture.cli", *words],
-            cwd=tmp_path,
-            check=False,
-            capture_output=True,
-            text=True,
-            timeout=250,
-            input="Hello\n/quit\n",
-        )
-        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
-        assert "torchao" not in done.stderr  # transformers imports it; its warnings concern nobody here
+        monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n/quit\n"))
+        assert main(words) == 0, f"{line}\n{capsys.readouterr()}"
     assert (tmp_path / "attention.png").stat().st_size > 1000
 
 

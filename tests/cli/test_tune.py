@@ -94,20 +94,21 @@ def test_next_command_speaks_as_the_data_did(run: Run, llama: Path, tmp_path: Pa
 
 def test_interrupted_run_says_how_to_go_on_and_ends_the_same(llama: Path, rows: Path, tmp_path: Path, run: Run) -> None:
     """Oracle: the same run, not interrupted. The two files must be the same bytes."""
-    words = ["tune", rows, "--model", llama, "--steps", 300, "--tokens", 2, "--option", "checkpoint_every=3"]
+    words = ["tune", rows, "--model", llama, "--steps", 100, "--tokens", 2, "--option", "checkpoint_every=5"]
     words += ["--option", "reparameterization=false"]
     folder, out = tmp_path / "run", tmp_path / "p.safetensors"
     command = [*map(str, words), "--run-dir", str(folder), "--out", str(out)]
     process = started(command)
     deadline = time.monotonic() + 120
     while not (folder / "checkpoint.safetensors").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+        time.sleep(0.005)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert f"--run-dir {folder}" in errors
     assert "--resume" in errors
     assert "Traceback" not in errors
+    assert "torchao" not in errors  # transformers imports it; what it warns of concerns nobody here
     assert not out.exists()
     assert run(*command, "--resume", "--json").code == 0
     whole = tmp_path / "whole" / "p.safetensors"

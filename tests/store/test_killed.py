@@ -11,7 +11,7 @@ import random
 import signal
 import subprocess
 import sys
-import threading
+import time
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -41,16 +41,25 @@ def writers() -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
-def kill_one(writers: subprocess.Popen[str], seed: int, root: Path, seconds: float) -> tuple[int, bool]:
-    """Let a writer live so long after its start. Returns how many changes it acknowledged, and if one was under way."""
+def kill_one(
+    writers: subprocess.Popen[str], seed: int, root: Path, changes: int | None, part: float
+) -> tuple[int, bool]:
+    """Let a writer make so many changes and a part of one more, measured by what the last one took on this machine.
+
+    With None it dies when it has just started. Returns how many changes it acknowledged, and if one was under way.
+    """
     assert writers.stdin is not None
     assert writers.stdout is not None
     print(seed, root, file=writers.stdin, flush=True)
     pid = int(writers.stdout.readline().removeprefix("pid "))
-    timer = threading.Timer(seconds, os.kill, (pid, signal.SIGKILL))
-    timer.start()
-    lines = list(iter(lambda: writers.stdout.readline().strip(), "dead"))  # type: ignore[union-attr]
-    timer.join()
+    lines, times = [], []
+    for _ in range(0 if changes is None else 2 * changes + 1):
+        lines.append(writers.stdout.readline().strip())
+        times.append(time.monotonic())
+    took = times[-2] - times[-3] if changes else 0.02
+    time.sleep(part * took)
+    os.kill(pid, signal.SIGKILL)
+    lines += iter(lambda: writers.stdout.readline().strip(), "dead")  # type: ignore[union-attr]
     assert lines == ["try", "ack"] * (len(lines) // 2) + ["try"] * (len(lines) % 2)
     return len(lines) // 2, len(lines) % 2 == 1
 
@@ -77,7 +86,8 @@ def kill_many(writers: subprocess.Popen[str], tmp_path: Path, tries: int) -> Non
     for number in range(tries):
         if number % 5 == 0:  # a new store, so that kills hit the making of one as well
             root, model = tmp_path / str(number), Model()
-        done, under_way = kill_one(writers, number, root, rng.uniform(0, 0.02 if number % 5 == 0 else 0.4))
+        # What a change takes varies: some kills come after it, in the next one.
+        done, under_way = kill_one(writers, number, root, rng.randrange(6) if number % 5 else None, rng.uniform(0, 1.2))
         changes = plan(number)
         for _ in range(done):
             model = model.after(next(changes))

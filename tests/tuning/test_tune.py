@@ -6,7 +6,6 @@ import math
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 import torch
@@ -170,31 +169,35 @@ def test_killed_at_any_moment_and_resumed_gives_the_same_bytes(tokenizer, tmp_pa
         model = LlamaForCausalLM(LlamaConfig(vocab_size=300, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
                                              intermediate_size=32, max_position_embeddings=64))
         rows = [{"prompt": "abc" * (1 + i % 3), "completion": "xyz"} for i in range(12)]
-        out, run_dir, kill = sys.argv[1], sys.argv[2], int(sys.argv[3])
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(sys.argv[4])
-        def on_event(event):
-            if isinstance(event, StepDone) and event.step == kill:
-                os.kill(os.getpid(), signal.SIGKILL)
-        result = tune(model, tokenizer, PTuning(num_virtual_tokens=3), rows, run_dir=run_dir, resume=True,
-                      config=TuneConfig(steps=7, batch_size=4, checkpoint_every=1), on_event=on_event)
-        result.prompt.save(out)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(sys.argv[1])
+
+        def run(out, run_dir, kill):
+            def on_event(event):
+                if isinstance(event, StepDone) and event.step == kill:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            result = tune(model, tokenizer, PTuning(num_virtual_tokens=3), rows, run_dir=run_dir, resume=True,
+                          config=TuneConfig(steps=7, batch_size=4, checkpoint_every=1), on_event=on_event)
+            result.prompt.save(out)
+
+        # Each run in a process of its own, forked where everything is imported and nothing has run.
+        for out, run_dir, kill in (("whole", "a", 0), ("killed", "b", 2), ("killed", "b", 5), ("killed", "b", 0)):
+            child = os.fork()
+            if child == 0:
+                code = 1
+                try:
+                    run(out, run_dir, kill)
+                    code = 0
+                finally:
+                    os._exit(code)
+            print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), os.path.exists(out))
         """)
     )
 
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-
-    def run(out: Path, folder: str, kill: int) -> int:
-        return subprocess.run(
-            [sys.executable, script, out, tmp_path / folder, str(kill), tmp_path / "tokenizer"],
-            check=False,
-            capture_output=True,
-        ).returncode
-
-    assert run(tmp_path / "whole", "a", 0) == 0
-    assert run(tmp_path / "killed", "b", 2) == -9
-    assert run(tmp_path / "killed", "b", 5) == -9
-    assert not (tmp_path / "killed").exists()
-    assert run(tmp_path / "killed", "b", 0) == 0
+    done = subprocess.run(
+        [sys.executable, script, "tokenizer"], cwd=tmp_path, check=False, capture_output=True, text=True
+    )
+    assert done.stdout.splitlines() == ["0 True", "-9 False", "-9 False", "0 True"], done.stderr
     assert (tmp_path / "whole").read_bytes() == (tmp_path / "killed").read_bytes()
 
 

@@ -206,13 +206,13 @@ def fuzz(model: PreTrainedModel, store: PromptStore, distinct: int, count: int) 
 
 
 def test_no_answer_depends_on_others(model: PreTrainedModel, store: PromptStore) -> None:
-    ended = Counter(fuzz(model, store, distinct=150, count=500).ended)
+    ended = Counter(fuzz(model, store, distinct=60, count=500).ended)
     assert min(ended[reason] for reason in ("stop", "length", "cancelled", "error")) > 0
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_no_answer_of_ten_thousand_depends_on_others(model: PreTrainedModel, store: PromptStore) -> None:
-    stats = fuzz(model, store, distinct=1200, count=10_000)
+    stats = fuzz(model, store, distinct=300, count=10_000)
     assert sum(stats.ended.values()) == 10_000
     assert stats.preemptions > 0  # where there are few requests, it depends on their timing
