@@ -102,7 +102,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=ROOT / "shared" / "data")
     parser.add_argument("--speeches", type=int, default=5)
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=PAGES / "distill.md")
@@ -116,7 +116,11 @@ def measured(
     ids = text_ids(tokenizer, text)[SKIPPED : SKIPPED + TEXT + NEXT]
     document, following = tokenizer.decode(ids[:TEXT]), ids[TEXT:]
     config = ov.TuneConfig(
-        steps=options.steps, batch_size=options.batch_size, learning_rate=USUAL_RATE, dev_fraction=0.25
+        steps=options.steps,
+        batch_size=options.batch_size,
+        learning_rate=USUAL_RATE,
+        dev_fraction=0.25,
+        eval_every=max(options.steps // 3, 1),
     )
     # What the loop measures before it has learned anything.
     untrained = replace(config, steps=1, learning_rate=1e-30)

@@ -88,7 +88,7 @@ def distill(
     of_study = {"quotes": quotes, "continuations": continuations, "questions": ask}
     of_study |= {"turn_tokens": turn_tokens, "chunk_tokens": chunk_tokens}
     studied = StudyConfig(**{name: value for name, value in of_study.items() if value is not None})
-    of_method: dict[str, Any] = {"num_virtual_tokens": tokens or USUAL.num_virtual_tokens}
+    of_method: dict[str, Any] = {"num_virtual_tokens": USUAL.num_virtual_tokens if tokens is None else tokens}
     if method is None:
         of_method["reparameterization"] = USUAL.reparameterization
         lr = USUAL_RATE if lr is None else lr

@@ -92,7 +92,7 @@ def distill(
     require_text_ahead(spec)
     asked = None if questions is None else load_rows(questions, kind="question")
     longest = row_tokens(tokenizer, study)
-    check_questions(tokenizer, asked or (), longest - study.turn_tokens)
+    check_questions(tokenizer, asked or (), longest, study.turn_tokens)
     room = context_of(spec) - longest
     chunks = chunks_of(tokenizer, spec, read_document(document), min(room, study.chunk_tokens or room))
     school = School(model=model, tokenizer=tokenizer, chunks=chunks, questions=asked, config=study, seed=config.seed)

@@ -102,15 +102,17 @@ class School:
         return lessons
 
 
-def check_questions(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Row], most: int) -> None:
+def check_questions(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Row], most: int, turn: int) -> None:
     """Raise `DataError` for questions that cannot be asked, before anything has cost time.
 
     Args:
         tokenizer: the base model's.
         questions: rows.
-        most: tokens that a question may have.
+        most: tokens that a question may have together with its answer.
+        turn: tokens that are kept free for the answer, where the base gives it.
     """
     bad: list[BadRow] = []
+    build = Distillation().builder([Row(dict.fromkeys(("prompt", "completion")), "")], Form(tokenizer=tokenizer))
     for row in questions:
         try:
             if "prompt" not in row.values:
@@ -119,10 +121,12 @@ def check_questions(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Row]
                     got=f"the columns {', '.join(sorted(row.values)) or '(none)'}",
                     do="name the question's text 'prompt'",
                 )
-            length = len(encode_prompt(tokenizer, {"prompt": row.values["prompt"]}))
-            if length > most:
+            answered = "completion" in row.values
+            length = len(build(row.values) if answered else encode_prompt(tokenizer, {"prompt": row.values["prompt"]}))
+            room = most if answered else most - turn
+            if length > room:
                 raise DataError(
-                    expected=f"a question of at most {most} tokens",
+                    expected=f"a question of at most {room} tokens{', its answer included' if answered else ''}",
                     got=f"{length} tokens",
                     do="shorten it, or raise turn_tokens",
                 )

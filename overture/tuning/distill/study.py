@@ -155,7 +155,9 @@ class _Writer:
                 if not text.strip():
                     continue
                 answer = text if isinstance(question.values["prompt"], str) else _assistant(text)
-            yield Row({**question.values, "completion": answer}, question.where)
+            # Other columns of a user's file are left alone: they could make the rows ones of another shape.
+            asked = {name: question.values[name] for name in ("prompt", "tools") if name in question.values}
+            yield Row(asked | {"completion": answer}, question.where)
 
     def _say(self, inputs: Sequence[Any]) -> Iterator[str]:
         """What the base says behind inputs while it sees the text, drawn at random."""

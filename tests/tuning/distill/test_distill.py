@@ -124,12 +124,13 @@ def test_the_users_questions_stand_before_the_chunk_that_they_are_about(model, t
     """Oracle: the chunk that holds the word. Answers that are given stay, others come from the base."""
     from overture.tuning.data import Row
 
-    asked = [Row({"prompt": "which ship is blue", "completion": " that one"}, "a"), Row({"prompt": "a green cup"}, "b")]
+    blue = {"prompt": "which ship is blue", "completion": " that one"}
+    asked = [Row(blue | {"text": "left alone"}, "a"), Row({"prompt": "a green cup"}, "b")]
     chunks, rows = studied(model, tokenizer, asked, quotes=0, continuations=0)
     about = [tokenizer.decode(list(chunks[one.chunk].own)) for one in rows]
     assert "blue" in about[0]
     assert "green" in about[-1]
-    assert rows[0].row.values == asked[0].values
+    assert rows[0].row.values == blue
     assert [one.row.where for one in rows] in (["a", "b"], ["a"])  # an answer of white space alone is left out
 
 
@@ -209,6 +210,8 @@ def test_rows_of_a_study_are_rows_that_tune_reads(model, tokenizer, tmp_path):
         (DataError, {"document": "  "}),
         (DataError, {"questions": [{"text": "a"}]}),
         (DataError, {"questions": [{"prompt": "tea " * 90}]}),
+        (DataError, {"questions": [{"prompt": "tea", "completion": "tea " * 90}]}),
+        (DataError, {"questions": [{"prompt": "tea", "completion": [{"role": "assistant", "content": "tea"}]}]}),
         (DataError, {"study": ov.StudyConfig(quotes=0, continuations=0, questions=0, turn_tokens=8)}),
         (ConfigError, {"method": ov.PTuning(template="[V2] {prompt} [V2]")}),
         (ConfigError, {"study": ov.StudyConfig(quotes=12, turn_tokens=8, teacher_memory=100)}),
