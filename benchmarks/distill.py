@@ -44,7 +44,8 @@ are what comes next. The base is `tiny` in fp32.
   held out and chose the step that is kept. *Untrained*: of the text's first P tokens as they are. *Removed*: the share
   of the divergence of the base without the text that the prompt takes away.
 - *What comes next*: negative log-likelihood (nats per token) of the speech's next {judged} tokens, behind {read} that
-  are read. Nothing was learned from these. *Of the gain*: the share of what seeing the text gains there.
+  are read. Nothing was learned from these. *Of the gain*: the share of what seeing the text gains there,
+  gains added up over the speeches, because a text may gain nothing.
 - *Bytes*: keys and values in fp32, as a cache holds them. P virtual tokens take what P tokens of text take.
 - Self-study: {quotes} quotes and {continuations} continuations a speech, turns of at most {turn} tokens, and no
   questions, which are beyond `tiny`. Prefix Tuning without its network, step size {rate}, {steps} steps of {rows} rows.
@@ -176,7 +177,6 @@ def page(speeches: Sequence[Speech], options: argparse.Namespace, seconds: float
     for place, length in enumerate(options.lengths):
         runs = [speech.runs[place] for speech in speeches]
         removed = median(1 - run.loss / s.without for run, s in zip(runs, speeches, strict=True))
-        kept = median(gained(s, run) for run, s in zip(runs, speeches, strict=True))
         rows.append(
             [
                 str(length),
@@ -186,7 +186,7 @@ def page(speeches: Sequence[Speech], options: argparse.Namespace, seconds: float
                 f"{median(run.loss for run in runs):.4f}",
                 f"{removed:.0%}",
                 f"{median(run.next for run in runs):.3f}",
-                f"{kept:.0%}",
+                gained(speeches, runs),
             ]
         )
     rows.append(
@@ -231,9 +231,11 @@ def page(speeches: Sequence[Speech], options: argparse.Namespace, seconds: float
     ]
 
 
-def gained(speech: Speech, run: Run) -> float:
-    """The share of what seeing the text gains on what comes next."""
-    return (speech.next_without - run.next) / (speech.next_without - speech.next_with)
+def gained(speeches: Sequence[Speech], runs: Sequence[Run]) -> str:
+    """The share of what seeing the texts gains on what comes next, of all speeches together: one may gain nothing."""
+    whole = sum(speech.next_without - speech.next_with for speech in speeches)
+    kept = sum(speech.next_without - run.next for speech, run in zip(speeches, runs, strict=True))
+    return f"{kept / whole:.0%}" if whole > 0 else "nothing gained"
 
 
 def draw(speeches: Sequence[Speech], path: Path) -> None:
@@ -245,7 +247,7 @@ def draw(speeches: Sequence[Speech], path: Path) -> None:
         (left, "KL on held-out rows, nats per token", lambda s: s.without, lambda s, run: run.loss),
         (
             right,
-            "what comes next: nats above the base with the text",
+            "nats lost on what comes next",
             lambda s: s.next_without - s.next_with,
             lambda s, run: run.next - s.next_with,
         ),
