@@ -58,8 +58,6 @@ class Loader:
         self._check_sampling(job.sampling)
         spec = self._host.spec
         prompts = tuple(self._store.get(a.tenant, a.name, a.version, base=spec.base) for a in job.prompts)
-        for prompt in prompts:
-            prompt.check_finite()
         row = prompts if len(prompts) > 1 else prompts[0] if prompts else None
         check(self._host, row)
         self._check_head(row)

@@ -180,3 +180,26 @@ def test_a_job_can_be_cancelled_while_its_prompt_is_read(model: PreTrainedModel,
     batcher.close()
     assert not batcher._core.planner.compiling
     assert not any(shelf.rows for shelf in batcher._core.planner.shelves.shelves.values())
+
+
+def test_others_write_on_while_a_cold_prompt_is_loaded(
+    model: PreTrainedModel, store: PromptStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that does not answer before another job, which came later, has ended."""
+    get, opened = store.get, threading.Event()
+
+    def slow(*args: Any, **kwargs: Any) -> SoftPrompt:
+        if args[1] == "user4":
+            assert opened.wait(30)
+        return get(*args, **kwargs)
+
+    monkeypatch.setattr(store, "get", slow)
+    batcher = Batcher(model, make_tokenizer(), store)
+    cold = Answer()
+    batcher.submit(job("cold", "w5", ("user4",)), cold)
+    (other,) = ask(batcher, [job("other", "w5", ("user5",))])
+    assert other.end().reason == "length"
+    assert not cold.events
+    opened.set()
+    assert cold.end().reason == "length"
+    batcher.close()
