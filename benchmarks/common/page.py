@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.machine import ROOT, command, table
+from .machine import ROOT, command, table
 
 __all__ = ["PAGES", "head", "index", "publish"]
 

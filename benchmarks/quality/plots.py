@@ -34,7 +34,7 @@ def _style(method: str) -> dict[str, str]:
 def gain_by_task(tasks: Sequence[Found], path: Path) -> None:
     """G of every method on every task, with intervals."""
     shown = [one for one in tasks if one.gains]
-    figure = Figure(figsize=(max(6.0, 1.6 * len(shown) + 2), 4.2), layout="constrained")
+    figure = Figure(figsize=(min(max(6.0, 1.6 * len(shown) + 2), 15.0), 4.2), layout="constrained")
     axes: Axes = figure.add_subplot()
     methods = [m for m in dict.fromkeys(m for one in shown for m in one.runs) if m not in (FROZEN, FULL)]
     for place, method in enumerate(methods):
@@ -56,6 +56,7 @@ def gain_by_task(tasks: Sequence[Found], path: Path) -> None:
         axes.text(len(shown) - 0.5, level, f" {name}", fontsize=7, color="0.4", va="center")
     axes.set_xticks(range(len(shown)), [one.task.name for one in shown], fontsize=8)
     axes.set_ylabel("G")
+    axes.set_ylim(-0.5, 1.4)
     axes.legend(fontsize=7, ncols=2)
     figure.savefig(path, dpi=120)
 
