@@ -13,8 +13,8 @@ __all__ = ["HEAD_RATE", "LENGTH", "METHODS", "tuned"]
 
 LENGTH = {"prefix": 16, "prompt": 20, "p-tuning": 20}
 """Virtual tokens, the same on PEFT's side."""
-HEAD_RATE = 1e-2
-"""Step size of a classifier, on all sides where it has one of its own."""
+HEAD_RATE = 0.1
+"""Step size of a classifier beside a prompt, on both sides (docs/benchmarks/encoders.md)."""
 
 
 def _method(kind: str, option: str, start: str) -> Method:
@@ -25,7 +25,7 @@ def _method(kind: str, option: str, start: str) -> Method:
     if kind == "prompt":
         return ov.PromptTuning(num_virtual_tokens=length, init=init)
     encoder = next(name for name in ("lstm", "mlp", "none") if name in option)
-    return ov.PTuning(num_virtual_tokens=length, init=init, encoder=encoder)
+    return ov.PTuning(num_virtual_tokens=length, init=init, encoder=encoder, residual="alone" not in option)
 
 
 METHODS = ("prefix", "prompt", "p-tuning")

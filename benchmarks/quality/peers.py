@@ -50,14 +50,14 @@ def trained(backbone: str, task: Task, kind: str, option: str, rate: float, seed
     Args:
         kind: `head`, `full`, `lora`, `prefix`, `prompt` or `p-tuning`.
         option: what PEFT starts from, or trains through.
-        rate: peak step size; a classifier has `HEAD_RATE`, unless it is all that learns.
+        rate: peak step size; a classifier has its own, unless it is all that learns.
     """
     model, tokenizer = loaded(backbone, task, seed)
     train, dev = (_encoded(backbone, task, model, tokenizer, rows) for rows in (task.train, task.dev))
     clock = Clock()
     torch.manual_seed(seed)
     learner = _learner(backbone, task, model, tokenizer, kind, option)
-    groups = _groups(learner, rate, rate if kind == "head" else HEAD_RATE)
+    groups = _groups(learner, rate, _head_rate(kind, rate))
     parameters = [p for group in groups for p in group["params"]]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
     order, side = BatchOrder(train, budget.batch_size, seed), _Side(learner, backbone, tokenizer)
@@ -101,6 +101,11 @@ def _imported(learner: PeftModel, model: PreTrainedModel) -> ov.SoftPrompt:
     with tempfile.TemporaryDirectory() as folder:
         learner.save_pretrained(folder)
         return peft_files.load(folder, model)
+
+
+def _head_rate(kind: str, rate: float) -> float:
+    """A classifier alone has the rate that is tried; beside trained layers a prompt's would be too large."""
+    return rate if kind == "head" else HEAD_RATE if kind in LENGTH else HEAD_RATE / 10
 
 
 def _share_of_rate(step: int, steps: int) -> float:

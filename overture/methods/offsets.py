@@ -12,12 +12,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-__all__ = ["FreeOffset", "LSTMOffset", "MLPOffset", "Offset"]
+__all__ = ["FreeOffset", "LSTMOffset", "MLPOffset", "Offset", "ResidualOffset"]
 
 
 # An LSTM's outputs start around 0.06. With this gain a step of its network moves a virtual token about as far as a step
 # of free offsets does (docs/log.md).
 _LSTM_GAIN = 16.0
+
+
+# P-Tuning's step is this much smaller through an encoder than without. With this gain an offset beside an encoder moves
+# as fast as a free one does at its own rate (docs/log.md).
+_OWN_GAIN = 150.0
 
 
 class FreeOffset(nn.Module):
@@ -68,7 +73,24 @@ class LSTMOffset(nn.Module):
         return _LSTM_GAIN * out
 
 
-Offset = FreeOffset | MLPOffset | LSTMOffset
+class ResidualOffset(nn.Module):
+    """What a network makes, and beside it an offset of each virtual token's own.
+
+    The network lets the virtual tokens move together, their own offsets each as far as it needs. Source: Residual
+    Prompt Tuning (arXiv:2305.03937), with the trained part outside the network.
+    """
+
+    def __init__(self, network: MLPOffset | LSTMOffset, length: int, channels: int) -> None:
+        super().__init__()
+        self.network, self.own = network, FreeOffset(length, channels)
+
+    def forward(self) -> Float[Tensor, "P C"]:
+        """The offsets, [P, C]."""
+        out: Tensor = self.network() + _OWN_GAIN * self.own()
+        return out
+
+
+Offset = FreeOffset | MLPOffset | LSTMOffset | ResidualOffset
 
 
 def _zero(linear: nn.Linear) -> nn.Linear:

@@ -11,7 +11,7 @@ from torch import Generator, nn
 from overture.errors import ConfigError
 from overture.methods.base import FrozenModel, Method, check_choice, check_count, seeded
 from overture.methods.init import prompt_length, start_embeddings
-from overture.methods.offsets import FreeOffset, LSTMOffset, MLPOffset, Offset
+from overture.methods.offsets import FreeOffset, LSTMOffset, MLPOffset, Offset, ResidualOffset
 from overture.methods.prompt_tuning import TokensModule
 from overture.template import Template
 
@@ -30,6 +30,8 @@ class PTuning(Method):
     """`"lstm"` (the original: bidirectional LSTM and MLP), `"mlp"`, or `"none"` (free virtual tokens)."""
     encoder_hidden: int | None = None
     """Width of the encoder, 2 or more; None for the model's hidden size."""
+    residual: bool = True
+    """Beside an encoder, every virtual token learns an offset of its own; False for the encoder alone, the original."""
     verbalizer: Mapping[str, str | Sequence[str]] | None = None
     """For masked language models: the word, or words, that say each label at the mask; None if labels are words."""
 
@@ -74,15 +76,19 @@ class PTuning(Method):
         start = start_embeddings(self.init, prompt_length(self.init, asked, frozen, usual=20), frozen, generator)
         length, hidden = start.shape
         width = self.encoder_hidden or hidden
-        offset: Offset
         with seeded(generator):
-            if self.encoder == "lstm":
-                offset = LSTMOffset(length, hidden, width=width)
-            elif self.encoder == "mlp":
-                offset = MLPOffset(length, hidden, width=hidden, hidden=width, activation=nn.ReLU)
-            else:
-                offset = FreeOffset(length, hidden)
+            offset = self._offset(length, hidden, width)
         return TokensModule(start, frozen.spec.embedding_scale, offset)
+
+    def _offset(self, length: int, hidden: int, width: int) -> Offset:
+        if self.encoder == "none":
+            return FreeOffset(length, hidden)
+        encoder = (
+            LSTMOffset(length, hidden, width=width)
+            if self.encoder == "lstm"
+            else MLPOffset(length, hidden, width=hidden, hidden=width, activation=nn.ReLU)
+        )
+        return ResidualOffset(encoder, length, hidden) if self.residual else encoder
 
 
 def _check_verbalizer(verbalizer: object) -> None:
