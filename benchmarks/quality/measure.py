@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from sacrebleu import corpus_bleu
 
 import overture as ov
 from benchmarks.quality.backbones import MAX_LENGTH, rows_for
@@ -24,14 +25,14 @@ _NEW_TOKENS = 80
 def measured(backbone: str, task: Task, fit: Fit) -> dict[str, Any]:
     """Per test row, in the order of the task: a text's loss in nats and its targets, or a choice's label.
 
-    With references to a text, also what is written greedily and its BLEU.
+    With references to a text, also BLEU.
     """
     if task.labels:
         return {"answers": _choices(backbone, task, fit)}
     losses, targets = _losses(backbone, task, fit)
     found: dict[str, Any] = {"losses": [round(loss, 3) for loss in losses], "targets": targets}
     if task.references:
-        found["written"] = _written(task, fit)
+        found["bleu"] = round(_bleu(task, fit), 2)
     return found
 
 
@@ -66,6 +67,10 @@ def _choices(backbone: str, task: Task, fit: Fit) -> list[str]:
     return [task.labels[min(range(len(row)), key=row.__getitem__)] for row in zip(*by_label, strict=True)]
 
 
-def _written(task: Task, fit: Fit) -> list[str]:
+def _bleu(task: Task, fit: Fit) -> float:
+    """Of what is written greedily, over all references."""
     asked = [row["prompt"] for row in task.test]
-    return ov.generate(fit.model, fit.tokenizer, fit.prompt, asked, max_new_tokens=_NEW_TOKENS, do_sample=False)
+    written = ov.generate(fit.model, fit.tokenizer, fit.prompt, asked, max_new_tokens=_NEW_TOKENS, do_sample=False)
+    most = max(map(len, task.references))
+    streams = [[row[i] if i < len(row) else None for row in task.references] for i in range(most)]
+    return corpus_bleu([text.strip() for text in written], streams).score

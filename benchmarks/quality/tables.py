@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 
-from sacrebleu import corpus_bleu
-
 from benchmarks.common.machine import table
 from benchmarks.quality import plan
 from benchmarks.quality.cells import Cell, Result, of
@@ -111,7 +109,7 @@ def bleu(tasks: Sequence[Found]) -> list[str]:
     for one in tasks:
         if not one.task.references:
             continue
-        scores = {method: [_bleu(one, run) for run in runs] for method, runs in one.runs.items()}
+        scores = {method: [run.scores["bleu"] for run in runs] for method, runs in one.runs.items()}
         for method, some in scores.items():
             gain = "–"
             if FULL in scores and mean(scores[FULL]) > mean(scores[FROZEN]):
@@ -120,12 +118,6 @@ def bleu(tasks: Sequence[Found]) -> list[str]:
             spread = f" ± {stdev(some):.1f}" if len(some) > 1 else ""
             rows.append((method, f"{mean(some):.1f}{spread}", gain))
     return table(("method", "BLEU", "G of BLEU"), rows) if rows else NOTHING
-
-
-def _bleu(one: Found, run: Result) -> float:
-    most = max(map(len, one.task.references))
-    streams = [[row[i] if i < len(row) else None for row in one.task.references] for i in range(most)]
-    return corpus_bleu([text.strip() for text in run.scores["written"]], streams).score
 
 
 def ensembles(backbone: str, tasks: Sequence[Found], results: Mapping[Cell, Result]) -> list[str]:
