@@ -159,7 +159,8 @@ paired bootstrap over rows and seeds.
   dev rows is kept.
 - PEFT's prompts have its best starts, not its defaults: keys and values of words (`initialize_kv_prefix_from_text`),
   embeddings of the same words, and the MLP for P-Tuning, which has no other start than random. On encoders PEFT has no
-  start from words for a prefix, so zeros. Starts were chosen beforehand in a few trials of both sides.
+  start from words for a prefix, so zeros. Starts were chosen beforehand and not
+  compared here.
 - On all sides AdamW without weight decay, five per cent of warmup, cosine to zero, gradients clipped at 1, dropout
   off. A classifier has a step size of its own: 0.1 beside a prompt, 0.01 beside LoRA and full fine-tuning.
 - *Trained* counts networks that are thrown away after training, *stored* what a prompt keeps (or a model, or LoRA's
