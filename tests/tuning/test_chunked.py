@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from overture.prompt import KVPrefix
 from overture.spec import ModelSpec, gives_plain_logits
@@ -108,3 +109,35 @@ def test_a_cap_behind_the_output_embedding_is_found():
     plain = {name: next(f for f in DECODERS if f.name == name).build() for name in ("Llama", "Gemma 2")}
     assert gives_plain_logits(plain["Llama"])
     assert not gives_plain_logits(plain["Gemma 2"])
+
+
+class _Padded(LlamaForCausalLM):
+    """Gives no scores of its vocabulary's padding away, as Inkling does not: a view of what was computed."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits[..., : VOCAB - 5]
+        return output
+
+
+class _Forbidding(LlamaForCausalLM):
+    """Rules some tokens out where their scores stand, as Chameleon does."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits[..., 7:20] = torch.finfo(output.logits.dtype).min
+        return output
+
+
+@pytest.mark.parametrize("kind", [_Padded, _Forbidding])
+def test_scores_that_are_changed_where_they_stand_are_those_that_count(kind):
+    """Oracle: the cross-entropy of the logits that the model gives; fp64."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = kind(LlamaConfig(vocab_size=VOCAB, **sizes)).double().eval()
+    ids = (3, 30, 4, 31)
+    example = TextExample(ids=ids, targets=(False, True, True, True))
+    with torch.no_grad():
+        found = token_losses(model, [Trained(None, None)], [example], 0, [(0, 0), (0, 1), (0, 2)], ids[1:])
+        plain = cross_entropy(model(torch.tensor([ids])).logits[0, :-1], torch.tensor(ids[1:]), reduction="none")
+    torch.testing.assert_close(found, plain, rtol=1e-12, atol=1e-12)
