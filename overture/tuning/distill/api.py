@@ -18,7 +18,7 @@ from overture.tuning.cohort import Cohort
 from overture.tuning.config import TuneConfig
 from overture.tuning.data import Source, load_rows
 from overture.tuning.distill.config import StudyConfig
-from overture.tuning.distill.document import chunks_of, context_of, require_text_ahead
+from overture.tuning.distill.document import chunks_of, context_of, require_text_ahead, sight_of
 from overture.tuning.distill.notes import STUDY
 from overture.tuning.distill.objective import Distillation
 from overture.tuning.distill.results import DistillResult
@@ -94,7 +94,8 @@ def distill(
     longest = row_tokens(tokenizer, study)
     check_questions(tokenizer, asked or (), longest, study.turn_tokens)
     room = context_of(spec) - longest
-    chunks = chunks_of(tokenizer, spec, read_document(document), min(room, study.chunk_tokens or room))
+    most = sight_of(spec) - longest
+    chunks = chunks_of(tokenizer, spec, read_document(document), min(most, study.chunk_tokens or most))
     school = School(model=model, tokenizer=tokenizer, chunks=chunks, questions=asked, config=study, seed=config.seed)
     checkpoint = checkpoint_path(run_dir, resume)
 

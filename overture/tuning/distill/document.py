@@ -23,7 +23,7 @@ from overture.spec import ModelSpec
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Chunk", "chunks_of", "context_of", "require_text_ahead", "seeing"]
+__all__ = ["Chunk", "chunks_of", "context_of", "require_text_ahead", "seeing", "sight_of"]
 
 _ENDLESS = 2**31
 
@@ -77,6 +77,14 @@ def chunks_of(tokenizer: PreTrainedTokenizerBase, spec: ModelSpec, text: str, mo
 def context_of(spec: ModelSpec) -> int:
     """Tokens that fit into the model's context with keys that were computed ahead."""
     return min(spec.max_positions or _ENDLESS, spec.rotary_limit or _ENDLESS)
+
+
+def sight_of(spec: ModelSpec) -> int:
+    """Tokens of which every layer sees the first from the last.
+
+    A prefix is seen from everywhere. Behind a text as one, a layer with a sliding window would see what it never sees.
+    """
+    return min([context_of(spec), *(layer.window for layer in spec.layers if layer.window is not None)])
 
 
 def require_text_ahead(spec: ModelSpec) -> None:

@@ -48,7 +48,8 @@ class Lesson:
     def of(cls, logits: Float[Tensor, "N V"], kept: int, source: str) -> Lesson:
         """The likeliest `kept` tokens of each distribution."""
         log_probs = _log_probs(logits)
-        top = log_probs.topk(kept)
+        # A model may give no scores of the padding of its embedding.
+        top = log_probs.topk(min(kept, log_probs.shape[1]))
         return cls(top.indices.int().cpu(), top.values.cpu(), _others(log_probs, top.indices).cpu(), source)
 
     @classmethod

@@ -8,11 +8,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.nn.functional import kl_div
-from transformers import DynamicCache
+from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 
 from overture.errors import ConfigError
 from overture.prompt import KVPrefix
-from overture.tuning.distill.document import Chunk, seeing
+from overture.spec import ModelSpec
+from overture.tuning.distill.document import Chunk, chunks_of, seeing, sight_of
 from overture.tuning.distill.lessons import Lesson, kept_tokens, taught
 from overture.tuning.distill.objective import Distillation
 from overture.tuning.example import TextExample
@@ -110,6 +111,33 @@ def test_the_teacher_is_the_plain_model_with_the_text_in_its_context(model, toke
         wanted = in_context(model, example).log_softmax(-1)
         found = torch.zeros_like(wanted).scatter(1, lesson.tokens.long(), lesson.log_probs)
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+
+
+def test_no_chunk_is_longer_than_what_a_layer_sees(tokenizer):
+    """Oracle: the plain model with the chunk in its context, in a model with sliding windows, whose prefixes are seen
+    from everywhere. 1e-5 as above.
+    """
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    sizes["num_key_value_heads"] = 2
+    config = MistralConfig(vocab_size=len(tokenizer), sliding_window=24, initializer_range=0.2, **sizes)
+    model, example = MistralForCausalLM(config).double().eval(), ROWS[2]
+    spec = ModelSpec.of(model)
+    with frozen(model):
+        chunk = chunks_of(tokenizer, spec, "the red ship and a cup of tea " * 9, sight_of(spec) - len(example.ids))[0]
+        text = seeing(model, tokenizer, chunk.ids).value
+        (lesson,) = [e.lesson for e in taught(model, text, chunk, [example], len(tokenizer), 0)]
+        at = [len(chunk.ids) + i - 1 for i, target in enumerate(example.targets) if target]
+        wanted = model(torch.tensor([(*chunk.ids, *example.ids)])).logits[0, at].log_softmax(-1)
+    found = torch.zeros_like(wanted).scatter(1, lesson.tokens.long(), lesson.log_probs)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+
+
+def test_fewer_scores_than_embeddings_are_all_kept():
+    """Oracle: the divergence with all of them asked for. A model may give no scores of the padding of its embedding."""
+    teacher, student = logits_of(), logits_of(seed=1)
+    found = Lesson.of(teacher, 20, "").divergence(student)
+    torch.testing.assert_close(found, Lesson.of(teacher, 17, "").divergence(student), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kept", [20, 296])
