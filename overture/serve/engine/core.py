@@ -80,7 +80,7 @@ class Core:
             line.cached += count
             if isinstance(line, Compilation):
                 if not line.unread:
-                    self.planner.compiled(line)
+                    self._compiled(line)
             elif count > 1 or not line.written:
                 self.prompt_tokens += count
         for row, choice in zip(rows, choices, strict=True):
@@ -95,6 +95,12 @@ class Core:
             self.completion_tokens += row.written - written
             if row.ended:
                 self.planner.leave(row)
+
+    def _compiled(self, line: Compilation) -> None:
+        try:
+            self.planner.compiled(line)
+        except Exception as error:  # such as no memory to keep it: that is nobody else's trouble
+            self.planner.give_up(line, as_failure("a prompt could not be kept", error))
 
     def _fail(self, line: Row | Compilation, error: OvertureError) -> None:
         if isinstance(line, Row):

@@ -81,7 +81,11 @@ class Planner:
                 return
             if row.length <= shelf.size:
                 return  # it may stay alone
-            self._put_back(self.rows[-1])
+            if self.compiling:
+                # Nobody has been answered behind it yet; it begins anew when there is room.
+                self.shelves.leave(self.compiling.pop())
+            else:
+                self._put_back(self.rows[-1])
 
     def _put_back(self, row: Row) -> None:
         self.leave(row)
@@ -99,16 +103,12 @@ class Planner:
             if count:
                 parts.append((line, count))
                 left -= count
-        parts += self._admitted(left, first=not parts)
-        left = self.config.prefill_chunk - sum(count for _, count in parts)
-        # What is left is for those whose turn is next, so that they find their prompts warm.
-        for row in self.queue.soon(self.config.max_rows) if left else ():
-            parts += (started := self._started(self._cold(row), left))
-            left -= sum(count for _, count in started)
-        return parts
+        return parts + self._admitted(left, first=not parts)
 
     def _admitted(self, left: int, *, first: bool) -> list[Part]:
-        """Rows for the free slots, in turn. One whose prompt is cold waits for that, and holds up no other."""
+        """Rows for the free slots, in turn. One whose prompt is cold waits for that, and holds up no other; one for
+        which there is no memory holds up all others, or their shorter rows would take what it waits for.
+        """
         parts: list[Part] = []
         late: list[Row] = []
         while left and len(self.rows) + len(late) < self.config.max_rows:
@@ -116,18 +116,30 @@ class Planner:
             if row is None:
                 break
             cold = self._cold(row)
-            if cold:
-                started = self._started(cold, left)
-                late.append(row)
-            else:
-                started = self._seated(row, left, first=first and not parts)
-                if not started and not row.ended:
-                    late.append(row)
-                    break
+            started = self._started(cold, left) if cold else self._seated(row, left, first=first and not parts)
             parts += started
             left -= sum(count for _, count in started)
+            if row.place is None and not row.ended:
+                late.append(row)
+                if not cold or any(line.place is None and not line.over for line in cold):
+                    break
+        else:
+            parts += self._ahead(left)
         for row in reversed(late):
             self.queue.put_back(row)
+        return parts
+
+    def _ahead(self, left: int) -> list[Part]:
+        """Cold prompts of those whose turn is next, so that they find them warm; no more than can be kept so long."""
+        parts: list[Part] = []
+        room = self.config.prefix_bytes // self.shelves.per_position
+        for row in self.queue.soon(self.config.max_rows):
+            room -= sum(prompt.length for prompt in row.prompts)
+            if room < 0 or not left:
+                break
+            started = self._started(self._cold(row), left)
+            parts += started
+            left -= sum(count for _, count in started)
         return parts
 
     def _cold(self, row: Row) -> list[Compilation]:

@@ -5,7 +5,7 @@ and the same job in an engine that has nothing else.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,15 +14,19 @@ import torch
 from transformers import PreTrainedModel
 
 from overture.prompt import SoftPrompt, VirtualTokens
-from overture.serve.engine import Batcher, EngineConfig
+from overture.serve.engine import Batcher, EngineConfig, cache
+from overture.serve.engine.front import Compilation
+from overture.serve.requests import Ended, Event, Sampling
 from overture.spec import ModelSpec
 from overture.store import PromptStore
 from tests.exactness.conftest import build
 from tests.serve.conftest import quick_folder
 from tests.serve.engine.bench import GREEDY, TENANT, Answer, ask, job, make_tokenizer
-from tests.serve.engine.test_batcher import LONG, held, loaded
+from tests.serve.engine.test_batcher import held, loaded
 
-USERS, LENGTH = 8, 6
+USERS, LENGTH, MEDIUM, LONGER = 8, 6, 16, 20
+POSITION = 3 * 2 * 2 * 8 * 8
+"""Bytes: layers, keys and values, heads, head size, fp64."""
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +40,10 @@ def model() -> PreTrainedModel:
 def store(model: PreTrainedModel) -> Iterator[PromptStore]:
     spec, generator = ModelSpec.of(model), torch.Generator().manual_seed(7)
     with quick_folder() as folder, PromptStore(folder / "store") as store:
-        for user in range(USERS):
-            tokens = VirtualTokens(torch.randn(LENGTH, spec.hidden_size, generator=generator))
-            store.publish(TENANT, f"user{user}", SoftPrompt(tokens, spec.base))
+        lengths = {f"user{user}": LENGTH for user in range(USERS)} | {"medium": MEDIUM, "long": LONGER}
+        for name, length in lengths.items():
+            tokens = VirtualTokens(torch.randn(length, spec.hidden_size, generator=generator))
+            store.publish(TENANT, name, SoftPrompt(tokens, spec.base))
         yield store
 
 
@@ -106,9 +111,8 @@ def test_a_cold_prompt_is_read_once_for_all_who_wait_for_it(
 def test_little_room_changes_no_answer(
     model: PreTrainedModel, store: PromptStore, passes: list[torch.Tensor], limits: dict[str, int]
 ) -> None:
-    position = 3 * 2 * 2 * 8 * 8  # layers, keys and values, heads, head size, fp64
     if "cache_bytes" in limits:
-        limits = {"cache_bytes": 2 * 64 * position}  # slots for two lines
+        limits = {"cache_bytes": 2 * 64 * POSITION}  # slots for two lines
     names = [f"user{user % 4}" for user in range(USERS)]
     expected = wanted(model, store, names)  # first: two engines must not run one model at a time
     batcher = Batcher(model, make_tokenizer(), store, EngineConfig(**limits))
@@ -116,19 +120,19 @@ def test_little_room_changes_no_answer(
     batcher.close()
 
 
+@pytest.mark.parametrize(("kept", "read"), [(LENGTH, [LENGTH]), (LENGTH - 1, [])])
 def test_who_is_next_finds_the_prompt_warm(
-    model: PreTrainedModel, store: PromptStore, passes: list[torch.Tensor]
+    model: PreTrainedModel, store: PromptStore, passes: list[torch.Tensor], kept: int, read: list[int]
 ) -> None:
-    """While the only row is taken, the prompt of the one who has it next is read, and no more."""
-    batcher = Batcher(model, make_tokenizer(), store, EngineConfig(max_rows=1))
+    """While the only row is taken, the prompt of the one who has it next is read, and no more than can be kept."""
+    batcher = Batcher(model, make_tokenizer(), store, EngineConfig(max_rows=1, prefix_bytes=kept * POSITION))
     with held(batcher) as gate:
         waiting = [Answer() for _ in range(3)]
         for number, answer in enumerate(waiting):
             batcher.submit(job(str(number), "w5", (f"user{number}",)), answer)
         loaded(batcher, 3)
         passes.clear()
-    gate.end()
-    assert virtual(passes[: LONG.max_tokens - 1]) == [LENGTH]
+    assert virtual(passes[: gate.end().completion_tokens - 1]) == read
     assert [answer.end().reason for answer in waiting] == ["length"] * 3
     batcher.close()
 
@@ -203,3 +207,107 @@ def test_others_write_on_while_a_cold_prompt_is_loaded(
     opened.set()
     assert cold.end().reason == "length"
     batcher.close()
+
+
+def test_a_cold_prompt_that_cannot_be_kept_ends_its_own_rows(
+    model: PreTrainedModel, store: PromptStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for want of memory, after the step in which it was read to its end beside others."""
+    names = ["user0", "user1", "user0"]
+    expected = wanted(model, store, names)
+    batcher = Batcher(model, make_tokenizer(), store)
+    bad, finish = store.get(TENANT, "user0"), batcher._prefixes.finish
+
+    def failing(compilation: Compilation) -> None:
+        if compilation.prompt is bad:
+            raise torch.OutOfMemoryError("a secret")
+        finish(compilation)
+
+    monkeypatch.setattr(batcher._prefixes, "finish", failing)
+    with held(batcher) as other:
+        answers = [Answer() for _ in names]
+        for number, (name, answer) in enumerate(zip(names, answers, strict=True)):
+            batcher.submit(job(str(number), f"w{5 + number} w6", (name,)), answer)
+        loaded(batcher, len(names))
+    assert [answer.end().reason for answer in answers] == ["error", "length", "error"]
+    assert "secret" not in str(answers[0].end().error)
+    assert answers[1].text == expected[1]
+    assert other.end().reason == "length"
+    batcher.close()
+    assert not any(shelf.rows for shelf in batcher._core.planner.shelves.shelves.values())
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slots of 16 positions, and of as many more as there is memory for."""
+    monkeypatch.setattr(cache, "_SMALLEST", 16)
+
+
+def short(length: int) -> Sampling:
+    return replace(GREEDY, max_tokens=length)
+
+
+@pytest.mark.usefixtures("narrow")
+def test_a_cold_prompt_waits_for_memory_in_turn(model: PreTrainedModel, store: PromptStore) -> None:
+    """It needs two of four slots, and others, who need one, come and go one by one: it is not last."""
+    order: list[str] = []
+
+    def noting(name: str, answer: Answer) -> Callable[[Event], None]:
+        def deliver(event: Event) -> None:
+            if isinstance(event, Ended):
+                order.append(name)
+            answer(event)
+
+        return deliver
+
+    lengths = {"a": 4, "b": 6, "c": 8, "cold": 2} | {str(number): 8 for number in range(12)}
+    answers = {name: Answer() for name in lengths}
+    batcher = Batcher(model, make_tokenizer(), store, EngineConfig(cache_bytes=64 * POSITION))
+    with held(batcher, short(2)):
+        for name, length in lengths.items():
+            prompts = ("long",) if name == "cold" else ()
+            batcher.submit(job(name, "w5", prompts, short(length)), noting(name, answers[name]))
+        loaded(batcher, len(lengths))
+    assert [answer.end().reason for answer in answers.values()] == ["length"] * len(lengths)
+    batcher.close()
+    assert order.index("cold") <= 3
+
+
+@pytest.mark.usefixtures("narrow")
+def test_who_is_next_takes_no_memory_that_another_waits_for(
+    model: PreTrainedModel, store: PromptStore, passes: list[torch.Tensor]
+) -> None:
+    text = " ".join(["w7"] * 20)
+    batcher = Batcher(model, make_tokenizer(), store, EngineConfig(cache_bytes=48 * POSITION, loaders=1))
+    with held(batcher, short(10)):
+        answers = [Answer() for _ in range(3)]
+        for answer, one in zip(
+            answers, (job("0", "w5", sampling=short(10)), job("1", text), job("2", "w5", ("user0",))), strict=True
+        ):
+            batcher.submit(one, answer)
+            loaded(batcher, int(one.id) + 1)
+        passes.clear()
+    assert [answer.end().reason for answer in answers] == ["length"] * 3
+    batcher.close()
+    begun = next(i for i, ids in enumerate(passes) if int((ids == 7).sum()) > 1)
+    assert virtual(passes[:begun]) == []
+    assert virtual(passes) == [LENGTH]
+
+
+@pytest.mark.usefixtures("narrow")
+def test_no_answer_makes_room_for_a_cold_prompt(
+    model: PreTrainedModel, store: PromptStore, passes: list[torch.Tensor]
+) -> None:
+    """An answer outgrows its slot while the last free memory is a cold prompt's."""
+    expected = wanted(model, store, ["medium"])
+    batcher = Batcher(model, make_tokenizer(), store, EngineConfig(cache_bytes=56 * POSITION, prefill_chunk=1))
+    with held(batcher, short(20)) as other:
+        answer = Answer()
+        batcher.submit(job("cold", "w5 w6", ("medium",)), answer)
+        loaded(batcher, 1)
+        passes.clear()
+    assert [other.end().reason, answer.end().reason] == ["length"] * 2
+    batcher.close()
+    assert answer.text == expected[0]
+    assert sum(virtual(passes)) > MEDIUM
+    assert batcher.stats().preemptions == 0
