@@ -13,6 +13,7 @@ from overture.cli._options import Json, Model, Quiet, Seed, check_data, check_ou
 from overture.cli._program import program
 from overture.cli._run_folder import holding
 from overture.cli._ui import Ui, count
+from overture.errors import ConfigError
 
 if TYPE_CHECKING:
     from overture.tuning.distill.results import DistillResult
@@ -76,6 +77,12 @@ def distill(
     check_output(report, ".html")
     if questions is not None:
         check_data(questions, kind="question")
+        if ask:
+            raise ConfigError(
+                expected="questions of your own, or a number of questions that the base asks",
+                got=f"--questions {questions} and --ask {ask}",
+                do="leave one of them out",
+            )
     with ui.busy("Starting", brief=True):
         from overture.cli import _settings
         from overture.cli._progress import TuningView
@@ -172,14 +179,16 @@ def _panel(result: DistillResult, out: Path, command: str) -> list[Any]:
     from rich.text import Text
 
     better = result.loss < result.frozen_loss
-    times = result.document_bytes / result.prompt_bytes
+    taken = f"{result.prompt_bytes:,} bytes instead of {result.document_bytes:,}"
+    if result.prompt_bytes < result.document_bytes:
+        taken += f", {result.document_bytes / result.prompt_bytes:.1f} times less"
+    else:
+        taken += ": no less than the text itself; try fewer --tokens"
     rows = {
         "text": Text(f"{count(result.document_tokens, 'token')} in {count(result.chunks, 'chunk')}"),
         "without it": Text(f"{result.frozen_loss:.4f} nats per token from the base that sees the text"),
         "behind the prompt": Text.assemble((f"{result.loss:.4f}", "bold green" if better else "bold red")),
-        "keys and values": Text(
-            f"{result.prompt_bytes:,} bytes instead of {result.document_bytes:,}, {times:.1f} times less"
-        ),
+        "keys and values": Text(taken),
         "time": Text(f"{result.run.seconds:.1f} s, {count(int(result.prompt.metrics['steps']), 'step')}"),
         "prompt": Text(str(out)),
     }

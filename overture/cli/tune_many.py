@@ -231,10 +231,12 @@ def _write_report(
 
     shown = len(shortlist.prompts)
     which = "all of them" if shown == shortlist.count else f"the {shown} that gained least"
-    failed = f"; {len(document['failed']):,} users failed" if document["failed"] else ""
+    others = f"; {len(document['failed']):,} users failed" if document["failed"] else ""
+    if document["done_before"]:
+        others += f"; {document['done_before']:,} users were done before, and are not on this page"
     page = Report(
         title=f"A soft prompt for each of {shortlist.count:,} users",
-        summary=f"Below {which}, the one that gained least in front{failed}. The base model did not change.",
+        summary=f"Below {which}, the one that gained least in front{others}. The base model did not change.",
         prompts=shortlist.prompts,
         settings=settings,
         versions=versions(),

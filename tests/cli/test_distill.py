@@ -56,8 +56,20 @@ def test_the_panel_says_what_it_takes_and_what_to_try(run: Run, llama: Path, tex
         assert words in done.out
 
 
+def test_as_many_tokens_as_the_text_has_save_nothing(run: Run, llama: Path, text: Path, tmp_path: Path) -> None:
+    asked = write_rows(tmp_path / "q.jsonl", [{"prompt": "say six: ", "completion": "six"}])
+    words = ["distill", "--document", text, "--model", llama, *FEW, "--out", tmp_path / "p.safetensors"]
+    text.write_text("say one two")
+    done = run(*words, "--questions", asked, "--tokens", 30)
+    assert done.code == 0, done.err
+    assert "times less" not in done.out
+    assert "fewer --tokens" in " ".join(done.out.replace("│", " ").split())
+
+
 def test_wrong_input_ends_with_its_exit_code(run: Run, llama: Path, text: Path, tmp_path: Path) -> None:
     words = ["distill", "--model", llama, *FEW]
+    asked = write_rows(tmp_path / "q.jsonl", [{"prompt": "say six: "}])
+    check(run(*words, "--document", text, "--questions", asked, "--ask", 3), 2, "--questions", "--ask 3")
     check(run(*words, "--document", tmp_path / "nowhere.txt"), 3, "nowhere.txt")
     check(run(*words, "--document", text, "--questions", "nowhere.jsonl"), 3, "nowhere.jsonl")
     check(run(*words, "--document", text, "--out", "p.bin"), 2, ".safetensors")

@@ -123,6 +123,8 @@ def test_the_report_shows_every_user_and_who_gained_least_first(
     places = [text.index(f"<th>{user}</th>") for user in ordered]
     assert places == sorted(places)
     assert "each of 3 users" in text
+    assert run(*words, "--resume", "--json").document["done_before"] == 3
+    assert "3 users were done before" in page.read_text()
     check(run(*words[:-1], tmp_path / "none" / "users.html"), 2, "existing folder")
 
 

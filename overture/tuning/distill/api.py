@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -139,9 +140,15 @@ def read_document(document: str | PathLike[str]) -> str:
     """A text, or what a file holds.
 
     Raises:
-        DataError: there is no such file, or it is no UTF-8.
+        DataError: there is no such file, it is no UTF-8, or the text is the name of a file.
     """
     if isinstance(document, str):
+        if os.path.isfile(document):
+            raise DataError(
+                expected="a text, or the path of a file with one as a Path",
+                got=f"the text {document!r}, which is the name of a file",
+                do=f"pass Path({document!r})",
+            )
         return document
     try:
         return Path(document).read_text(encoding="utf-8")

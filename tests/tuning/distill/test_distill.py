@@ -240,6 +240,12 @@ def test_a_file_that_is_no_text_is_refused(model, tokenizer, tmp_path):
             ov.distill(model, tokenizer, tmp_path / name, PREFIX)
 
 
+def test_the_name_of_a_file_is_not_taken_for_the_text(model, tokenizer, tmp_path):
+    (tmp_path / "speech.txt").write_text(TEXT)
+    with pytest.raises(DataError, match=r"Pass Path\("):
+        ov.distill(model, tokenizer, str(tmp_path / "speech.txt"), PREFIX)
+
+
 def test_models_in_which_a_prefix_cannot_stand_for_a_text_are_refused(tokenizer):
     from transformers import BertConfig, BertForMaskedLM
 
