@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from overture.errors import StoreError
-from overture.serve.keys import Caller, KeyRing, Role
+from overture.serve.bearer import bearer
+from overture.serve.keys import Caller, Role
 from overture.serve.refusal import Refusal, failed
 from overture.serve.service import Service
 
@@ -23,8 +23,6 @@ __all__ = ["HUNG_UP", "Gate", "is_loopback"]
 _log = logging.getLogger("overture.serve")
 _OPEN = ("/health", "/ready", "/openapi.json", "/")
 """Paths that need no key. The playground's are below `/page/`."""
-_PATIENCE = (0.02, 0.05, 0.1, 0.2, 0.3, 0.3)
-"""Seconds between looks at a database of keys that another process is writing."""
 _METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
 HUNG_UP = 499
 """What logs and metrics show for a client that did not wait."""
@@ -73,10 +71,7 @@ class Gate:
             return Caller(None)
         if path in _OPEN or path.startswith("/page/"):
             return Caller(None, "")
-        scheme, _, key = headers.get("authorization", "").partition(" ")
-        caller = await _owner(self._service.keys, key.strip()) if scheme.lower() == "bearer" else None
-        if caller is None:
-            raise Refusal(401, "A valid API key is needed: 'Authorization: Bearer ov-...'.", code="invalid_api_key")
+        caller = await bearer(self._service.keys, headers.get("authorization", ""))
         roles = {"/admin": (Role.ADMIN,), "/metrics": (Role.ADMIN, Role.METRICS)}
         first = "/" + path.removeprefix("/").partition("/")[0]
         if caller.role not in roles.get(first, (Role.TENANT,)):
@@ -145,22 +140,6 @@ class _Visit:
 
     def _too_large(self) -> Refusal:
         return Refusal(413, f"A request may have {self._most} bytes at most.", code="request_too_large")
-
-
-async def _owner(keys: KeyRing, key: str) -> Caller | None:
-    """Whose key it is. A change of keys by another process is waited for a moment, and holds up nobody else."""
-    for seconds in _PATIENCE:
-        try:
-            return keys.caller(key)
-        except StoreError:
-            await asyncio.sleep(seconds)
-    try:
-        return keys.caller(key)
-    except StoreError:
-        _log.error("keys cannot be looked up")
-        raise Refusal(
-            503, "Keys cannot be looked up just now. Try again.", code="keys_unavailable", retry_after=2.0
-        ) from None
 
 
 def is_loopback(host: str) -> bool:

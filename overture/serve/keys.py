@@ -109,6 +109,7 @@ class KeyRing:
 
         Raises:
             ConfigError: a tenant's key without a tenant or the other way round, or a name that is not allowed.
+            StoreError: the database cannot be written.
         """
         if (role is Role.TENANT) != (tenant is not None):
             raise ConfigError(
@@ -117,19 +118,27 @@ class KeyRing:
         key = Key(secrets.token_hex(6), role, tenant and check_tenant(tenant), datetime.now(UTC))
         text = f"ov-{key.id}-{secrets.token_urlsafe(32)}"
         row = (key.id, key.role.value, key.tenant, _digest(text), key.created.isoformat())
-        with self._lock:
+        with self._lock, _explained():
             self._database.execute("insert into keys values (?, ?, ?, ?, ?)", row)
         return key, text
 
     def listed(self) -> list[Key]:
-        """All keys: an administrator's, then those for metrics, then the tenants', the oldest first."""
-        with self._lock:
+        """All keys: an administrator's, then those for metrics, then the tenants', the oldest first.
+
+        Raises:
+            StoreError: the database cannot be read.
+        """
+        with self._lock, _explained():
             rows = self._database.execute("select id, role, tenant, created from keys order by role, tenant, created")
             return [Key(id_, Role(role), tenant, datetime.fromisoformat(at)) for id_, role, tenant, at in rows]
 
     def remove(self, id_: str) -> bool:
-        """Remove a key; it opens nothing from now on. Returns whether there was one."""
-        with self._lock:
+        """Remove a key; it opens nothing from now on. Returns whether there was one.
+
+        Raises:
+            StoreError: the database cannot be written.
+        """
+        with self._lock, _explained():
             return bool(self._database.execute("delete from keys where id = ?", (id_,)).rowcount)
 
     def remove_tenant(self, tenant: str) -> int:

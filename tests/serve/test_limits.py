@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import sqlite3
@@ -14,13 +15,16 @@ from pathlib import Path
 import openai
 import pytest
 
-from overture.errors import ConfigError, DivergedError
+from overture.errors import ConfigError, DivergedError, StoreError
 from overture.serve.config import ServeConfig
 from overture.serve.engine import EngineConfig
+from overture.serve.keys import Caller, KeyRing, Role
 from overture.serve.limits import Limits
 from overture.serve.refusal import Refusal, explained
+from overture.serve.vllm.front import Front
+from overture.store import PromptStore
 from tests.serve.conftest import Live, Serve
-from tests.serve.toy import Toy
+from tests.serve.toy import BASE, Toy
 
 CHAT = {"model": "bard", "messages": [{"role": "user", "content": "a"}]}
 
@@ -175,6 +179,38 @@ def test_a_change_of_keys_is_waited_for(serve: Serve, tmp_path: Path) -> None:
             waiting = pool.submit(client.get, "/v1/models")
             time.sleep(0.2)
         assert waiting.result().status_code == 200
+
+
+def test_changing_keys_beside_another_change_ends_in_words(tmp_path: Path) -> None:
+    path = tmp_path / "keys.sqlite"
+    with closing(KeyRing(path)) as ring, locked(path):
+        ring._database.execute("pragma busy_timeout = 0")
+        for change in (
+            lambda: ring.add(Role.ADMIN),
+            ring.listed,
+            lambda: ring.remove("0"),
+            lambda: ring.remove_tenant("a"),
+        ):
+            with pytest.raises(StoreError, match="locked"):
+                change()
+
+
+def test_vllms_front_door_waits_for_a_change_of_keys_too(store: PromptStore, tmp_path: Path) -> None:
+    path = tmp_path / "keys.sqlite"
+    with closing(KeyRing(path)) as ring:
+        header = f"Bearer {ring.add(Role.TENANT, 'ada')[1]}"
+        front = Front(store, ring, BASE, "tiny")
+
+        async def ask(seconds: float) -> Caller:
+            with locked(path):
+                waiting = asyncio.create_task(front.caller(header))
+                await asyncio.sleep(seconds)
+            return await waiting
+
+        assert asyncio.run(ask(0.2)) == Caller(Role.TENANT, "ada")
+        with pytest.raises(Refusal) as refused:
+            asyncio.run(ask(2))
+        assert (refused.value.status_code, refused.value.code) == (503, "keys_unavailable")
 
 
 def test_a_client_that_leaves_an_upload_is_no_error_of_the_servers(serve: Serve) -> None:

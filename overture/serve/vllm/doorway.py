@@ -54,7 +54,7 @@ class Doorway:
             front = self._door.front
             if front is None:
                 raise Refusal(503, "The server is starting.", code="not_ready", retry_after=5.0)
-            caller = await run_in_threadpool(front.caller, Headers(scope=scope).get("authorization", ""))
+            caller = await front.caller(Headers(scope=scope).get("authorization", ""))
             if scope["path"] == "/metrics" and caller.role is Role.TENANT:
                 raise Refusal(403, "This key does not open /metrics.", code="wrong_key")
             visit, receive = await _visit(front, caller, scope, receive)

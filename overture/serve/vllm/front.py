@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from overture.errors import StoreError
 from overture.prompt import BaseModelId, KVPrefix, SoftPrompt
+from overture.serve.bearer import bearer
 from overture.serve.directory import Directory
 from overture.serve.keys import FILE, Caller, KeyRing
 from overture.serve.refusal import Refusal
@@ -25,7 +25,8 @@ def open_keys(options: Options) -> KeyRing | None:
 
 
 class Front:
-    """Turns the names that clients use into references. It reads the store: call it from a thread that may wait.
+    """Turns the names that clients use into references. All but `caller` reads the store: call it from a thread
+    that may wait.
 
     Args:
         store: the prompts.
@@ -47,23 +48,13 @@ class Front:
         """As the connector's options say."""
         return cls(open_store(options), open_keys(options), base, model_name, options.shared)
 
-    def caller(self, authorization: str) -> Caller:
+    async def caller(self, authorization: str) -> Caller:
         """Who asks, by the header.
 
         Raises:
             Refusal: nobody who may, or keys cannot be looked up.
         """
-        if self._keys is None:
-            return Caller(None)
-        scheme, _, key = authorization.partition(" ")
-        try:
-            caller = self._keys.caller(key.strip()) if scheme.lower() == "bearer" else None
-        except StoreError:
-            message = "Keys cannot be looked up just now. Try again."
-            raise Refusal(503, message, code="keys_unavailable", retry_after=2.0) from None
-        if caller is None:
-            raise Refusal(401, "A valid API key is needed: 'Authorization: Bearer ov-...'.", code="invalid_api_key")
-        return caller
+        return Caller(None) if self._keys is None else await bearer(self._keys, authorization)
 
     def adapter(self, caller: Caller, model: str) -> Adapter | None:
         """The prompt that a caller names; None for the base model.
