@@ -234,7 +234,6 @@ def main() -> None:
     publish(report, arguments.out)
     everything = {"users": chosen, "plays": plays, "scores": scores, "test": on_test, "dev": on_dev}
     arguments.out.with_suffix(".json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
-    print(report)
 
 
 if __name__ == "__main__":
