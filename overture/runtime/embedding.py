@@ -40,9 +40,11 @@ class TokenRows:
         # Compiled code does not branch on numbers.
         if not torch.compiler.is_compiling() and not (slots >= 0).any():
             return embedded
-        empty = embedded.new_zeros(0, embedded.shape[-1])
-        rows = [empty if row is None else row.embeddings.to(embedded) for row in self.tokens]
-        stacked = torch.cat([empty.new_zeros(1, embedded.shape[-1]), *rows])
+        # Joined in fp32 at least: under autocast to bf16, torch joins no fp16.
+        wide = torch.promote_types(embedded.dtype, torch.float32)
+        empty = embedded.new_zeros(0, embedded.shape[-1], dtype=wide)
+        rows = [empty if row is None else row.embeddings.to(empty) for row in self.tokens]
+        stacked = torch.cat([empty.new_zeros(1, embedded.shape[-1]), *rows]).to(embedded)
         starts = torch.tensor([1, *(len(row) for row in rows[:-1])], device=slots.device).cumsum(0)
         virtual = stacked[torch.where(slots >= 0, slots + starts[:, None], 0)]
         return torch.where((slots >= 0)[..., None], virtual, embedded)

@@ -235,6 +235,16 @@ def test_early_stop_restores_the_best(model, tokenizer, rows):
     assert result.prompt.metrics["best_step"] == measured[best].step
 
 
+@pytest.mark.parametrize("method", [PrefixTuning, PromptTuning, DeepPrompt])
+def test_a_base_in_fp16_trains_under_autocast(model, tokenizer, rows, method):
+    """As on a GPU, where autocast is to bf16. Oracle: the loss of the base in fp32 before its first step; bf16 keeps 8
+    bits."""
+    method, data = method(num_virtual_tokens=2), rows("red")
+    whole = tune(model, tokenizer, method, data, config=TuneConfig(steps=1))
+    half = tune(model.half(), tokenizer, method, data, config=TuneConfig(steps=1, precision="bf16"))
+    assert half.train_curve[0][1] == pytest.approx(whole.train_curve[0][1], rel=0.03)
+
+
 def test_bf16_autocast_and_checkpointed_blocks_train_too(model, tokenizer, rows):
     """Oracle: the fp32 run; bf16 keeps 8 bits, so losses agree to about a percent after a few steps."""
     method, data = PrefixTuning(num_virtual_tokens=4), rows("red ship", 25)
