@@ -24,12 +24,14 @@ _log = logging.getLogger("overture.serve")
 _OPEN = ("/health", "/ready", "/openapi.json", "/")
 """Paths that need no key. The playground's are below `/page/`."""
 _METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
+_PATIENCE = 2.0
+"""Seconds for the rest of a request that is refused already."""
 HUNG_UP = 499
 """What logs and metrics show for a client that did not wait."""
 
 
 class Gate:
-    """Wraps the whole application. Outside of FastAPI, so that a stranger's body is not even read, and so that no
+    """Wraps the whole application. Outside of FastAPI, so that nothing looks at a stranger's body, and so that no
     error's text, which may quote a user, reaches a log.
 
     Args:
@@ -128,9 +130,19 @@ class _Visit:
         """Say no, unless an answer has begun: then it just ends."""
         if self.status is None:
             response = refusal.response()
-            if not self._whole:
-                response.headers["Connection"] = "close"  # what is left of the body is not read
+            if not await self._passed():
+                response.headers["Connection"] = "close"
             await response(self._scope, self._receive, self.send)
+
+    async def _passed(self) -> bool:
+        """Let the rest of the request pass: a connection closed on unread bytes is reset, and may lose the answer."""
+        self._deadline = min(self._deadline, self._loop.time() + _PATIENCE)
+        try:
+            while not self._whole and "expect" not in Headers(scope=self._scope):  # such a client waits to be asked
+                await self.receive()
+        except Refusal:
+            return False
+        return self._whole
 
     def end(self) -> None:
         """Count and log the request: its route and figures, nothing of what it said."""

@@ -336,3 +336,22 @@ def test_limits_are_checked() -> None:
         ServeConfig(queue=0)
     with pytest.raises(ConfigError):
         ServeConfig(model_name="a+b")
+
+
+def test_a_refused_request_is_let_pass_so_that_the_answer_arrives(serve: Serve) -> None:
+    """A connection that is closed on unread bytes is reset, and clients may lose the answer with it."""
+    live = serve()
+    answer = live.http(None).post("/v1/completions", json={"model": "bard", "prompt": "a" * 100_000})
+    assert (answer.status_code, answer.headers.get("connection")) == (401, None)
+
+
+@pytest.mark.parametrize("more", ["", "Expect: 100-continue\r\n"])
+def test_a_refused_request_that_never_ends_is_answered(serve: Serve, more: str) -> None:
+    live = serve()
+    host, _, port = live.url.removeprefix("http://").partition(":")
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n{more}\r\n"
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(head.encode())
+        said = connection.recv(500)
+    assert said.startswith(b"HTTP/1.1 401")
+    assert b"connection: close" in said.lower()
