@@ -34,19 +34,20 @@ _OF_RUN = {"lr": "learning_rate"} | {
 """Options of a run by the name of their flag."""
 
 
-def chosen(flags: Mapping[str, Any]) -> tuple[Method, TuneConfig]:
+def chosen(flags: Mapping[str, Any], **usual: Any) -> tuple[Method, TuneConfig]:
     """The method and the run that a verb's flags ask for.
 
     Args:
         flags: values of all the verb's parameters by name; None for a flag that was not given. Those that are for
-            neither are left alone.
+            neither are left alone, and a verb need not have all.
+        usual: options of the method that have no flag.
 
     Raises:
         ConfigError: as `method_and_config`.
     """
-    of_method = {option: flags[flag] for flag, option in _OF_METHOD.items()}
-    of_method["verbalizer"] = verbalizer(flags["verbalizer"])
-    of_run = {option: flags[flag] for flag, option in _OF_RUN.items()}
+    of_method = usual | {option: flags.get(flag) for flag, option in _OF_METHOD.items()}
+    of_method["verbalizer"] = verbalizer(flags.get("verbalizer"))
+    of_run = {option: flags.get(flag) for flag, option in _OF_RUN.items()}
     return method_and_config(flags["method"], of_method, of_run, flags["option"] or ())
 
 

@@ -72,6 +72,7 @@ def distill(
     The base studies the text in chunks that fit into its context, and the prompt learns what the base says while it
     sees them.
     """
+    flags = dict(locals())
     ui = Ui(as_json, quiet)
     check_output(out, ".safetensors")
     check_output(report, ".html")
@@ -95,13 +96,12 @@ def distill(
     of_study = {"quotes": quotes, "continuations": continuations, "questions": ask}
     of_study |= {"turn_tokens": turn_tokens, "chunk_tokens": chunk_tokens}
     studied = StudyConfig(**{name: value for name, value in of_study.items() if value is not None})
-    of_method: dict[str, Any] = {"num_virtual_tokens": USUAL.num_virtual_tokens if tokens is None else tokens}
+    flags["tokens"] = USUAL.num_virtual_tokens if tokens is None else tokens
     if method is None:
-        of_method["reparameterization"] = USUAL.reparameterization
-        lr = USUAL_RATE if lr is None else lr
-    of_run = {"steps": steps, "batch_size": batch_size, "learning_rate": lr, "optimizer": optimizer}
-    of_run |= {"schedule": schedule, "seed": seed, "patience": patience, "precision": precision}
-    chosen, config = _settings.method_and_config(method or USUAL.name, of_method, of_run, option or ())
+        flags |= {"method": USUAL.name, "lr": USUAL_RATE if lr is None else lr}
+        chosen, config = _settings.chosen(flags, reparameterization=USUAL.reparameterization)
+    else:
+        chosen, config = _settings.chosen(flags)
     session = load_session(ui, model)
     with holding(run_dir), TuningView(ui, {out.stem: chosen.name}) as view:
         result = api.distill(
