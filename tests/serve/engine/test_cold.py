@@ -264,10 +264,10 @@ def test_a_cold_prompt_waits_for_memory_in_turn(model: PreTrainedModel, store: P
     answers = {name: Answer() for name in lengths}
     batcher = Batcher(model, make_tokenizer(), store, EngineConfig(cache_bytes=64 * POSITION))
     with held(batcher, short(2)):
-        for name, length in lengths.items():
+        for sent, (name, length) in enumerate(lengths.items(), 1):
             prompts = ("long",) if name == "cold" else ()
             batcher.submit(job(name, "w5", prompts, short(length)), noting(name, answers[name]))
-        loaded(batcher, len(lengths))
+            loaded(batcher, sent)  # loaders race, and a turn is that of the loaded
     assert [answer.end().reason for answer in answers.values()] == ["length"] * len(lengths)
     batcher.close()
     assert order.index("cold") <= 3
