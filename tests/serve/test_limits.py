@@ -7,7 +7,7 @@ import json
 import socket
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -23,18 +23,10 @@ from overture.serve.limits import Limits
 from overture.serve.refusal import Refusal, explained
 from overture.serve.vllm.front import Front
 from overture.store import PromptStore
-from tests.serve.conftest import Live, Serve
+from tests.serve.conftest import Live, Serve, eventually
 from tests.serve.toy import BASE, Toy
 
 CHAT = {"model": "bard", "messages": [{"role": "user", "content": "a"}]}
-
-
-def eventually(true: Callable[[], bool], seconds: float = 5.0) -> bool:
-    """Whether something becomes true in time."""
-    end = time.monotonic() + seconds
-    while not true() and time.monotonic() < end:
-        time.sleep(0.01)
-    return true()
 
 
 def answers(live: Live) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from tests.serve.conftest import Live, Serve, make_prompt
+from tests.serve.conftest import Live, Serve, eventually, make_prompt
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
@@ -78,7 +78,22 @@ def test_words_appear_as_they_come_and_escape_stops_them(serve: Serve, page: Pag
     page.keyboard.press("Escape")
     expect(first.locator(".figures")).to_have_text("stopped")
     expect(page.get_by_role("button", name="Stop")).to_be_hidden()
-    assert {job.id for job in live.toy.jobs} == live.toy.cancelled
+    assert eventually(lambda: {job.id for job in live.toy.jobs} == live.toy.cancelled)
+
+
+@pytest.mark.parametrize("width", [1200, 420])
+def test_nothing_moves_when_the_load_becomes_known(serve: Serve, page: Page, width: int) -> None:
+    live = serve(auth=False)
+    page.set_viewport_size({"width": width, "height": 800})
+    page.route("**/v1/load", lambda route: route.abort())
+    page.goto(live.url)
+    chip, gauge = page.get_by_role("button", name="summary"), page.get_by_text("Prompts in memory")
+    expect(chip).to_be_visible()
+    expect(gauge).to_have_count(0)
+    place = chip.bounding_box()
+    page.unroute("**/v1/load")
+    expect(gauge).to_be_visible()
+    assert chip.bounding_box() == place
 
 
 def test_by_keyboard_alone(serve: Serve, page: Page) -> None:
