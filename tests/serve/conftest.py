@@ -77,11 +77,19 @@ class Live:
 Serve = Callable[..., Live]
 
 
+def eventually(true: Callable[[], bool], seconds: float = 30.0) -> bool:
+    """Whether something becomes true. The limit is for what never does: a busy machine may take its time."""
+    end = time.monotonic() + seconds
+    while not true() and time.monotonic() < end:
+        time.sleep(0.01)
+    return true()
+
+
 @contextmanager
 def listening(app: ASGIApp) -> Iterator[tuple[str, uvicorn.Server]]:
     """Run an application in a thread; gives its URL, and the server to stop."""
     place = bound("127.0.0.1", 0)
-    server = make_server(app, drain=1.0)
+    server = make_server(app, drain=30.0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [place]})
     thread.start()
     try:
@@ -90,7 +98,7 @@ def listening(app: ASGIApp) -> Iterator[tuple[str, uvicorn.Server]]:
         yield url_of(place), server
     finally:
         server.should_exit = True
-        thread.join(10)
+        thread.join(60)
         assert not thread.is_alive()
 
 

@@ -88,7 +88,7 @@ def test_killed_in_mid_load_nothing_published_is_lost(tmp_path: Path) -> None:
                 except httpx.HTTPError:
                     return
 
-    with serving(place) as (process, url):
+    with serving(place, "--quiet") as (process, url):  # nobody reads what it would say of each request
         threads = [Thread(target=publish, args=(url, worker)) for worker in range(3)] + [
             Thread(target=ask, args=(url,))
         ]

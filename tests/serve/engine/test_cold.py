@@ -168,15 +168,22 @@ def test_a_cold_prompt_that_cannot_be_read_ends_its_own_rows(
     batcher.close()
 
 
-def test_a_job_can_be_cancelled_while_its_prompt_is_read(model: PreTrainedModel, store: PromptStore) -> None:
+def test_a_job_can_be_cancelled_while_its_prompt_is_read(
+    model: PreTrainedModel, store: PromptStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     batcher = Batcher(model, make_tokenizer(), store, EngineConfig(prefill_chunk=1))
+    logits = batcher._core._stepper.logits
+
+    def cancelling(lines: Any, groups: Any) -> Any:
+        if batcher._core.planner.compiling:
+            batcher.cancel("waiting")
+        return logits(lines, groups)
+
+    monkeypatch.setattr(batcher._core._stepper, "logits", cancelling)
     with held(batcher) as other:
         waiting = Answer()
         batcher.submit(job("waiting", "w5", ("user3",), replace(GREEDY, max_tokens=2)), waiting)
         loaded(batcher, 1)
-    while not batcher._core.planner.compiling:
-        threading.Event().wait(0.001)
-    batcher.cancel("waiting")
     assert waiting.end().reason == "cancelled"
     other.end()
     (again,) = ask(batcher, [job("again", "w5", ("user3",), replace(GREEDY, max_tokens=2))])

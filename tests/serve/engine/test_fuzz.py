@@ -188,8 +188,8 @@ def fuzz(model: PreTrainedModel, store: PromptStore, distinct: int, count: int) 
     draw = random.Random(6)
     order = [draw.randrange(distinct) for _ in range(count)]
     answers = Crowd(batcher, seed=7).ask([requests[i] for i in order])
-    stats = batcher.stats()
     batcher.close()
+    stats = batcher.stats()  # when it is closed: an answer ends before the engine has counted it
     wrong = [
         (requests[i], answer)
         for i, (answer, hung_up) in zip(order, answers, strict=True)
