@@ -102,7 +102,7 @@ def test_a_worker_that_cannot_be_reached_is_ended(folder: Path, monkeypatch: pyt
             cut.setattr(ray, "get", unreachable)
             cut.setattr(ray, "wait", lambda polls, **options: (polls, []))
             assert crew.wait(0) == [(1, None)]
-        for _ in range(100):
+        for _ in range(600):
             if not Path(f"/proc/{process}").exists():
                 return
             time.sleep(0.1)

@@ -32,25 +32,33 @@ Dies = Callable[[int, Message], bool]
 
 
 class _Silent:
-    """What a dead worker speaks into."""
+    """What a dead worker speaks into, and where it looks for what was confirmed."""
 
     def put(self, message: object) -> None:
         raise SystemExit
 
+    def __contains__(self, name: object) -> bool:
+        raise SystemExit
+
 
 class Threads:
-    """A crew of threads. `dies` says of each message whether its worker dies instead of saying it."""
+    """A crew of threads. `dies` says of each message whether its worker dies instead of saying it.
+
+    Whoever is hired is heard first when it is ready, so that each has its part, however late a thread begins.
+    """
 
     def __init__(self, load: Any, dies: Dies = lambda worker, message: False) -> None:
         self.load, self.dies = load, dies
         self.workers: dict[int, Worker] = {}
         self.confirmed: dict[int, list[str]] = {}
+        self.working: dict[int, threading.Thread] = {}
+        self.heard: set[int] = set()
         self.hired = 0
 
     def hire(self) -> int:
         self.hired += 1
         self.workers[self.hired], self.confirmed[self.hired] = Worker(self.load, None, 1, "cpu"), []
-        threading.Thread(target=self.workers[self.hired].open, daemon=True).start()
+        self._start(self.hired, self.workers[self.hired].open)
         return self.hired
 
     def present(self) -> set[int]:
@@ -61,7 +69,20 @@ class Threads:
             with suppress(SystemExit):
                 self.workers[worker].tune(users)
 
-        threading.Thread(target=work, daemon=True).start()
+        self._start(worker, work)
+
+    def _start(self, worker: int, work: Callable[[], None]) -> None:
+        self.working[worker] = threading.Thread(target=work, daemon=True)
+        self.working[worker].start()
+
+    def kill(self, number: int) -> None:
+        """End a worker wherever it is; when this returns it writes to no folder any more."""
+        worker = self.workers.pop(number)
+        worker._said = worker._confirmed = _Silent()  # type: ignore[assignment]
+        with worker._news:
+            worker._news.notify_all()
+        self.working[number].join(60)
+        assert not self.working[number].is_alive()
 
     def confirm(self, worker: int, name: str) -> None:
         self.confirmed[worker].append(name)
@@ -70,12 +91,12 @@ class Threads:
         heard: list[tuple[int, list[Message] | None]] = []
         for number, worker in list(self.workers.items()):
             arrived, self.confirmed[number] = tuple(self.confirmed[number]), []
-            said = worker.poll(0.01, arrived)
+            said = worker.poll(0.01 if number in self.heard else 60, arrived)
+            self.heard.add(number)
             last = next((i for i, message in enumerate(said) if self.dies(number, message)), None)
             heard.append((number, said[:last]))
             if last is not None:
-                worker._said = _Silent()  # type: ignore[assignment]
-                del self.workers[number]
+                self.kill(number)
                 heard.append((number, None))
         return heard
 
@@ -234,8 +255,8 @@ def test_a_stopped_driver_goes_on(load: Any, users: dict[str, Any], tmp_path: Pa
 
     with pytest.raises(KeyboardInterrupt):
         first(users, run_dir=tmp_path, on_result=stop)
-    for worker in first.crew.workers.values():
-        worker._said = _Silent()  # type: ignore[assignment] # they end with their driver
+    for worker in list(first.crew.workers):
+        first.crew.kill(worker)  # they end with their driver
     done = {result.name for result in first.results}
     second = Run(load)
     second(users, run_dir=tmp_path, resume=True, done=done)
@@ -254,8 +275,8 @@ def test_who_is_not_done_is_tuned_again_whatever_a_checkpoint_says(
 
     with pytest.raises(KeyboardInterrupt):
         first(users, run_dir=tmp_path, on_event=stop, workers=1, slots=1)
-    for worker in first.crew.workers.values():
-        worker._said = _Silent()  # type: ignore[assignment] # they end with their driver
+    for worker in list(first.crew.workers):
+        first.crew.kill(worker)  # they end with their driver
     second = Run(load)
     second(users, run_dir=tmp_path, resume=True, done=set())
     same(second.results, load, users)
