@@ -37,14 +37,6 @@ def quick_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-def eventually(true: Callable[[], bool], seconds: float = 5.0) -> bool:
-    """Whether something becomes true in time."""
-    end = time.monotonic() + seconds
-    while not true() and time.monotonic() < end:
-        time.sleep(0.01)
-    return true()
-
-
 def make_prompt(seed: int, base: Any = BASE) -> SoftPrompt:
     value = VirtualTokens(torch.randn(2, 4, generator=torch.Generator().manual_seed(seed)))
     return SoftPrompt(value=value, base=base, name=f"prompt {seed}", method={"name": "prompt"}, metrics={"loss": 1.5})
