@@ -18,10 +18,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.nn.functional import pad
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from overture.dispatch import AttentionFunction, AttentionWitness
 from overture.errors import UnsupportedModelError
 from overture.runtime import merge
+from overture.runtime.cached import PrefixedLayer, keeps
 from overture.runtime.kernels import Mask
 from overture.runtime.moved import Moved
 from overture.runtime.rows import Fold, PrefixRows
@@ -92,6 +94,7 @@ class PrefixAttention:
         windows: by layer, the sliding window that a prefix drops out of; elsewhere every query sees it.
         positions: of the queries, counted from the beginning of the row's prefix; only windows need them.
         moved: of a decoder behind an encoder, how far its text stands behind prefixes that count.
+        cache: what keeps the text's keys and values, if it may keep the prefix in front of them.
     """
 
     def __init__(
@@ -103,6 +106,7 @@ class PrefixAttention:
         windows: Mapping[int, int] | None = None,
         positions: Int[Tensor, "#B T"] | None = None,
         moved: Moved | None = None,
+        cache: DynamicCache | None = None,
     ) -> None:
         self.rows = rows
         self.order = CallOrder(layers)
@@ -110,6 +114,7 @@ class PrefixAttention:
         self.windows = windows or {}
         self.positions = positions
         self.moved = moved
+        self.cache = cache
         self.kept: dict[Any, Any] = {}
 
     def attend(
@@ -128,14 +133,25 @@ class PrefixAttention:
             return inner(module, query, key, value, attention_mask, **kwargs)
         causal = kwargs.get("is_causal")
         causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
-        queries = query.shape[2]
+        queries, longest = query.shape[2], self.rows.longest(layer)
+        bias = kwargs.get("position_bias")
+        if bias is not None:
+            kwargs["position_bias"] = self._biased(bias, module, layer)
+        place = self._place(module)
+        if isinstance(place, PrefixedLayer) and place.given is not None:
+            assert key is place.given or key.shape[2] != place.taken, "a model that reworks what its cache holds"
+            if key is place.given:
+                # The prefix stands in the cache by now, in front of the text.
+                assert place.number == layer
+                mask = self._joined(attention_mask, query, key.shape[2] - longest, causal, layer)
+                return inner(module, query, key, value, mask, **kwargs)
         if attention_mask is None and causal and 1 < queries < key.shape[2]:
             # "No mask" over a longer cache means an empty static cache being filled: what follows is not text yet.
             key, value = key[:, :, :queries], value[:, :, :queries]
         if self.path != "concatenate":
             obstacle = "a prefix inside a sliding window" if layer in self.windows else None
             obstacle = obstacle or merge.obstacle(inner, query, key, value, attention_mask, kwargs)
-            if obstacle is None and (self.path == "merge" or merge.pays(query, key, self.rows.longest(layer))):
+            if obstacle is None and (self.path == "merge" or merge.pays(query, key, longest)):
                 return self._merged(layer, query, key, value, attention_mask, causal, kwargs.get("scaling")), None
             if self.path == "merge":
                 raise UnsupportedModelError(
@@ -144,16 +160,24 @@ class PrefixAttention:
                     do="use attention='auto', which concatenates where it must",
                 )
         mask = self._joined(attention_mask, query, key.shape[2], causal, layer)
-        prefix_key, prefix_value = (
-            self._chosen(self.rows.keys[layer], key),
-            self._chosen(self.rows.values[layer], value),
-        )
-        bias = kwargs.get("position_bias")
-        if bias is not None:
-            kwargs["position_bias"] = self._biased(bias, module, layer)
-        return inner(
-            module, query, torch.cat([prefix_key, key], 2), torch.cat([prefix_value, value], 2), mask, **kwargs
-        )
+        if type(place) is DynamicLayer and key is place.keys and value is place.values and keeps(self.rows, layer):
+            assert self.cache is not None
+            prefixed = PrefixedLayer(layer, self.rows)
+            self.cache.layers[self.cache.layers.index(place)] = prefixed
+            key, value = prefixed.take_over(place)
+        else:
+            key, value = (
+                torch.cat([self.rows.chosen(stack[layer], like=text), text], 2)
+                for stack, text in ((self.rows.keys, key), (self.rows.values, value))
+            )
+        return inner(module, query, key, value, mask, **kwargs)
+
+    def _place(self, module: nn.Module) -> Any:
+        """What keeps the keys and values of this call; None if the prefix may not stand there."""
+        index = getattr(module, "layer_idx", None)
+        if self.cache is None or index is None or torch.compiler.is_compiling():
+            return None
+        return self.cache.layers[index] if index < len(self.cache.layers) else None
 
     def _merged(
         self,
@@ -190,14 +214,6 @@ class PrefixAttention:
         if self.moved is None or self.rows.parts[layer] != "decoder":
             return pad(bias, (longest, 0))  # the prefix stands at no position relative to the text
         return self.moved.bias(module, bias, longest)
-
-    def _chosen(self, stacked: Float[Tensor, "U K P D"], like: Tensor) -> Float[Tensor, "B K P D"]:
-        choice = self.rows.choice
-        if stacked.shape[0] == 1:
-            return stacked.to(like).expand(len(choice), -1, -1, -1)
-        if self.rows.aligned:
-            return stacked.to(like)
-        return stacked.to(like).index_select(0, choice.to(like.device))
 
     def _joined(self, mask: Any, query: Tensor, keys: int, causal: bool, layer: int) -> Any:
         """The mask over prefix and text. Layers of one part that share a mask share the joined one."""

@@ -23,6 +23,7 @@ from overture import dispatch
 from overture.errors import ConfigError, ModelInUseError, UnsupportedModelError
 from overture.prompt import KVPrefix, SoftPrompt, Value, VirtualTokens
 from overture.runtime.attention import Path, PlainAttention, PrefixAttention
+from overture.runtime.cached import growing
 from overture.runtime.embedding import TokenRows
 from overture.runtime.moved import Moved, bias_module, position_modules
 from overture.runtime.packing import PackedAttention, Packing
@@ -85,6 +86,11 @@ class Host:
         for index, module in enumerate(modules):
             self.layers.setdefault(id(module), []).append(index)
         self.windows = {i: layer.window for i, layer in enumerate(self.spec.layers) if layer.window is not None}
+        # Where layers read the keys of others (Gemma 3n, Gemma 4), each has a prefix of its own to put in front.
+        config = model.config.get_text_config(decoder=True)
+        self._lends_keys = bool(
+            getattr(config, "num_kv_shared_layers", 0) or any(getattr(config, "kv_sharing_modes", ()))
+        )
         # Hosts are kept for as long as their modules live, so they must not keep them alive.
         self._stacks = [weakref.ref(stack) for stack in stacks(model, self.spec.layers)]
         of_decoder = [m for m, layer in zip(modules, self.spec.layers, strict=False) if layer.part == "decoder"]
@@ -165,6 +171,7 @@ class Host:
         finally:
             self.owner, self.rows, self.first_length = before
             self.seam.active, self.seam.window, self.seam.moved = self.rows is not None, None, None
+            self.seam.take_back()
 
     def before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -194,6 +201,10 @@ class Host:
                 moved = Moved(prefixes.moved, entered.start, None if self._bias is None else self._bias())
                 moved.check(self.spec, entered.length, self.positions)
             self.seam.moved = moved
+            self.seam.take_back()
+            cache = growing(new.get("past_key_values"))
+            if cache is not None and not (self._lends_keys or rows.path == "merge" or is_compiled(module)):
+                self.seam.lend(cache, prefixes)
             new[dispatch.KEYWORD] = PrefixAttention(
                 prefixes,
                 self.layers,
@@ -201,6 +212,7 @@ class Host:
                 windows=self.windows if rows.in_window else None,
                 positions=first_axis(new.get("position_ids")),
                 moved=moved,
+                cache=self.seam.cache,
             )
         return (), new
 

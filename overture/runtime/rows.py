@@ -166,6 +166,14 @@ class PrefixRows:
         """P, the longest prefix in a layer; 0 if the layer's part has none."""
         return self.keys[layer].shape[2]
 
+    def chosen(self, stacked: Float[Tensor, "U K P D"], like: Tensor) -> Float[Tensor, "B K P D"]:
+        """Each row's share of a layer's keys or values, in the dtype and on the device of another tensor."""
+        if stacked.shape[0] == 1:
+            return stacked.to(like).expand(len(self.choice), -1, -1, -1)
+        if self.aligned:
+            return stacked.to(like)
+        return stacked.to(like).index_select(0, self.choice.to(like.device))
+
     def repeated(self, times: int) -> PrefixRows:
         """Each row `times` times in a row, as beams and `num_return_sequences` repeat them."""
         if times == 1:

@@ -10,10 +10,13 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
+from transformers.cache_utils import DynamicCache
 
 from overture.errors import UnsupportedModelError
+from overture.runtime.cached import arm, disarm
 from overture.runtime.embedding import TokenRows
 from overture.runtime.moved import Moved
+from overture.runtime.rows import PrefixRows
 
 __all__ = ["Seam", "after", "done", "embedded", "is_compiled", "positioned", "seam_of"]
 
@@ -28,12 +31,25 @@ class Seam:
     """What the embedding of this forward pass writes over its input."""
     written: bool = False
     """True once it did."""
+    cache: DynamicCache | None = None
+    """The cache of this forward pass, if its layers hand out prefixes."""
     moved: Moved | None = None
     """How far the text of this forward pass stands behind its prefixes, where the model takes no positions."""
 
     def expect(self, window: TokenRows | None) -> None:
         """Let the embedding of the next forward pass write `window`."""
         self.window, self.written = window, False
+
+    def lend(self, cache: DynamicCache, rows: PrefixRows) -> None:
+        """Let the layers of the next forward pass's cache hand out prefixes."""
+        self.cache = cache
+        arm(cache, rows)
+
+    def take_back(self) -> None:
+        """Let the cache be a plain one."""
+        if self.cache is not None:
+            disarm(self.cache)
+            self.cache = None
 
 
 def seam_of(module: nn.Module) -> Seam:
@@ -58,6 +74,7 @@ def after(module: nn.Module, args: Any, output: Any) -> None:
         seam_of(module).window = None
     if seam_of(module).moved is not None:
         seam_of(module).moved = None
+    seam_of(module).take_back()
 
 
 def embedded(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:

@@ -11,10 +11,11 @@ from functools import partial
 
 import pytest
 import torch
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 from overture.errors import ModelInUseError
 from overture.prompt import VirtualTokens
+from overture.runtime.cached import PrefixedLayer
 from overture.runtime.compile import compile_prefixes
 from overture.runtime.encode import Encoded
 from overture.runtime.prompts import prompts
@@ -173,6 +174,39 @@ def test_generation_by_a_compiled_forward_pass(path):
         with prompts(called, rows, attention=path):
             answers.append(called.generate(input_ids=ids, attention_mask=mask, **options).tolist())
     assert answers[0] == answers[1]
+
+
+def _step(model, cache, ids):
+    return model(input_ids=ids, past_key_values=cache).logits
+
+
+def _each_compiled(model, part):
+    for layer in model.model.layers:
+        part(layer).compile(backend="aot_eager")
+    return model
+
+
+WAYS = {
+    "function": lambda model: torch.compile(partial(_step, model), backend="aot_eager"),
+    "model": lambda model: partial(_step, torch.compile(model, backend="aot_eager")),
+    "layers": lambda model: partial(_step, _each_compiled(model, lambda layer: layer)),
+    "attention": lambda model: partial(_step, _each_compiled(model, lambda layer: layer.self_attn)),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_compiled_code_goes_on_with_a_cache_that_holds_prefixes(way):
+    """Oracle: the model without a cache."""
+    model, (ids, _) = _llama(), _batch()
+    rows = _rows(model)
+    with torch.no_grad(), prompts(model, rows):
+        expected = model(input_ids=ids, use_cache=False).logits[:, 4:]
+        cache = DynamicCache(config=model.config)
+        _step(model, cache, ids[:, :4])
+        assert all(isinstance(layer, PrefixedLayer) for layer in cache.layers)
+        further = WAYS[way](model)
+        answers = [further(cache, token) for token in ids[:, 4:].split(1, dim=1)]
+    torch.testing.assert_close(torch.cat(answers, dim=1), expected, **TOLERANCE)
 
 
 @pytest.mark.slow
