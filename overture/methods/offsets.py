@@ -20,9 +20,9 @@ __all__ = ["FreeOffset", "LSTMOffset", "MLPOffset", "Offset", "ResidualOffset"]
 _LSTM_GAIN = 16.0
 
 
-# P-Tuning's step is this much smaller through an encoder than without. With this gain an offset beside an encoder moves
-# as fast as a free one does at its own rate (docs/log.md).
-_OWN_GAIN = 150.0
+# Steps are about this much smaller through a network than without. With this gain an offset beside a network moves as
+# fast as a free one does at its own rate (docs/log.md).
+_OWN_GAIN = 200.0
 
 
 class FreeOffset(nn.Module):

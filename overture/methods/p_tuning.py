@@ -67,7 +67,7 @@ class PTuning(Method):
     @property
     def learning_rate(self) -> float:
         """Peak step size when a run names none; smaller through an encoder, which multiplies it."""
-        return 3e-1 if self.encoder == "none" else 2e-3
+        return 5e-1 if self.encoder == "none" else 2.5e-3
 
     def build(self, frozen: FrozenModel, generator: Generator) -> TokensModule:
         """A module whose start is the embeddings asked for, with the encoder's output added."""

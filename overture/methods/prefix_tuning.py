@@ -17,7 +17,7 @@ from torch import Generator, Tensor, nn
 from overture.errors import ConfigError
 from overture.methods.base import FrozenModel, Method, Prepared, PromptModule, Tokens, check_count, seeded
 from overture.methods.init import prompt_length, random_like, reference_tokens, start_tokens
-from overture.methods.offsets import FreeOffset, MLPOffset, Offset
+from overture.methods.offsets import FreeOffset, MLPOffset, Offset, ResidualOffset
 from overture.prompt import KVPrefix
 from overture.spec import AttentionLayer, ModelSpec
 
@@ -36,6 +36,9 @@ class PrefixTuning(Method):
     """Train through a small fully connected network, which is folded away on save."""
     reparameterization_hidden: int = 512
     """Hidden size of that network, 1 or more."""
+    residual: bool = True
+    """Beside the network, every virtual token learns an offset of its own; False for the network alone, as in the
+    paper."""
     dropout: float = 0.0
     """Dropout on the keys and values, 0 up to (not including) 1; 0 to 0.1 is usual."""
     parts: tuple[str, ...] | None = None
@@ -59,7 +62,7 @@ class PrefixTuning(Method):
     @property
     def learning_rate(self) -> float:
         """Peak step size when a run names none; smaller through the network, which multiplies it."""
-        return 2e-3 if self.reparameterization else 2e-1
+        return 1e-3 if self.reparameterization else 2e-1
 
     def build(self, frozen: FrozenModel, generator: Generator) -> PrefixModule:
         """A module whose start is exactly the activations of the words given, or noise at the scale of the model's."""
@@ -75,20 +78,15 @@ class PrefixTuning(Method):
         start = [random_like(part, length, generator) for part in reference] if tokens is None else activations(tokens)
         scale = torch.cat([part.float().square().mean().sqrt().expand(part.shape[1]) for part in reference])
         joined = torch.cat(start, dim=1)
-        offset: Offset
         with seeded(generator):
-            offset = (
-                MLPOffset(
-                    length,
-                    joined.shape[1],
-                    width=frozen.spec.hidden_size,
-                    hidden=self.reparameterization_hidden,
-                    activation=nn.Tanh,
-                )
-                if self.reparameterization
-                else FreeOffset(length, joined.shape[1])
-            )
+            offset = self._offset(length, joined.shape[1], width=frozen.spec.hidden_size)
         return PrefixModule(layers, joined, scale, offset, self.dropout, parts)
+
+    def _offset(self, length: int, channels: int, width: int) -> Offset:
+        if not self.reparameterization:
+            return FreeOffset(length, channels)
+        network = MLPOffset(length, channels, width=width, hidden=self.reparameterization_hidden, activation=nn.Tanh)
+        return ResidualOffset(network, length, channels) if self.residual else network
 
     def _chosen(self, spec: ModelSpec) -> tuple[tuple[str, ...] | None, tuple[AttentionLayer, ...]]:
         """The parts asked for, in the model's order (None for all that it has), and their layers."""

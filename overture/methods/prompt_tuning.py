@@ -25,7 +25,7 @@ class PromptTuning(Method):
     @property
     def learning_rate(self) -> float:
         """Peak step size when a run names none."""
-        return 3e-1
+        return 5e-1
 
     def build(self, frozen: FrozenModel, generator: Generator) -> TokensModule:
         """A module whose start is the embeddings asked for."""

@@ -25,7 +25,7 @@ class TuneConfig:
     head_learning_rate: float = 1e-2
     """Peak step size of a classification head's own weights, above 0."""
     optimizer: str = "adamw"
-    """`"adamw"`, or `"adafactor"` without parameter scaling (arXiv:2104.08691)."""
+    """`"adamw"` (betas 0.5 and 0.99), or `"adafactor"` without parameter scaling (arXiv:2104.08691)."""
     schedule: str = "cosine"
     """`"cosine"` down to zero, or `"constant"`; both after the warmup."""
     warmup: float = 0.05

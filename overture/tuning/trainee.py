@@ -208,8 +208,15 @@ _PLAIN = (
 )
 
 
+# A prompt has few numbers and large steps: torch's usual momentum of 0.9 carries it past where it should stay
+# (docs/log.md).
+_BETAS = (0.5, 0.99)
+
+
 def _optimizer(module: PromptModule, head: HeadModule | None, rate: float, config: TuneConfig) -> Optimizer:
     groups: list[dict[str, Any]] = [{"params": list(module.parameters()), "lr": rate, "peak": rate}]
+    if config.optimizer == "adamw":
+        groups[0]["betas"] = _BETAS
     if head is not None:
         own = config.head_learning_rate
         # A head's weights are no offsets from a start, so nothing pulls them back.

@@ -81,7 +81,7 @@ def test_trainer_saves_the_head_with_the_prompt(shape, tmp_path):
     model = ov.PromptModel(base, METHOD, head=True)
     rows = [{name: tensor[i] for name, tensor in batch.items()} for i in range(4)]
     arguments = TrainingArguments(
-        str(tmp_path), max_steps=3, learning_rate=1e-2, report_to="none", use_cpu=True, disable_tqdm=True, save_steps=2
+        str(tmp_path), max_steps=3, learning_rate=1e-3, report_to="none", use_cpu=True, disable_tqdm=True, save_steps=2
     )
     trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows)
     start = trainer.evaluate()["eval_loss"]

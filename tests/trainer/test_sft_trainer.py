@@ -27,7 +27,7 @@ def make_trainer(tokenizer, tmp_path):
 
     def make(model, rows, folder="out", **options):
         arguments = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "logging_steps": 1}
-        arguments |= {"per_device_train_batch_size": len(rows), "learning_rate": 1e-2}
+        arguments |= {"per_device_train_batch_size": len(rows), "learning_rate": 1e-3}
         config = SFTConfig(str(tmp_path / folder), **arguments | options)
         return SFTTrainer(model, config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
 

@@ -27,7 +27,7 @@ METHODS = {
 }
 # Early stops come at different steps, so that slots free themselves at different times.
 CONFIG = TuneConfig(
-    steps=6, batch_size=2, gradient_accumulation=2, eval_every=2, patience=1, learning_rate=0.05, schedule="constant"
+    steps=6, batch_size=2, gradient_accumulation=2, eval_every=2, patience=1, learning_rate=0.3, schedule="constant"
 )
 
 

@@ -97,7 +97,7 @@ def test_a_step_is_torchs(cohort) -> None:
     one = cohort[1]
     mine = list(one.parameters().values())
     theirs = [nn.Parameter(p.detach().clone()) for p in mine]
-    optimizer = torch.optim.AdamW(theirs, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(theirs, weight_decay=0.01, betas=(0.5, 0.99))
     for old, new in zip(mine, theirs, strict=True):
         kept = one.optimizer.state[old]
         optimizer.state[new] = {key: value.clone() for key, value in kept.items()}

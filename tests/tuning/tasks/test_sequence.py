@@ -226,7 +226,8 @@ def test_training_equals_plain_training_of_the_same_parameters(
     offset = nn.Parameter(torch.zeros(3, 32))
     weight, bias = (nn.Parameter(p.detach().float().clone()) for p in model.classifier.parameters())
     optimizer = torch.optim.AdamW(
-        [{"params": [offset], "lr": 0.05}, {"params": [weight, bias], "lr": 0.01}], weight_decay=0.0
+        [{"params": [offset], "lr": 0.05, "betas": (0.5, 0.99)}, {"params": [weight, bias], "lr": 0.01}],
+        weight_decay=0.0,
     )
     inputs = tokenizer([row["text"] for row in rows], padding=True, return_tensors="pt")
     embedded = model.get_input_embeddings()(inputs["input_ids"]).detach()
