@@ -49,6 +49,9 @@ def test_no_gain_without_a_clear_gap() -> None:
     """Full fine-tuning that is better on as many rows as it is worse on is no scale to measure by."""
     scores = {"f": of([0.0, 1.0] * 20), "full": of([1.0, 0.0] * 20)}
     assert gains("t", scores, frozen="f", full="full") is None
+    for right, clear in ((12, False), (20, True)):  # of 100 rows, 3.7 and 5 standard errors
+        scores = {"f": of([0.0] * 100), "full": of([1.0] * right + [0.0] * (100 - right))}
+        assert (gains("t", scores, frozen="f", full="full") is not None) == clear
 
 
 def test_interval_is_as_wide_as_theory_says() -> None:

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 __all__ = ["REPLICATES", "Gain", "Interval", "Scores", "gains", "mean_difference", "mean_gain", "resampled"]
 
 REPLICATES = 2000
+# Standard errors of the gap.
+_CLEAR = 4
 Floats = NDArray[np.float64]
 
 
@@ -74,6 +76,8 @@ def resampled(scores: Scores, rows_BR: Floats, seeds_BS: Floats) -> Floats:
 def gains(task: str, methods: Mapping[str, Scores], *, frozen: str, full: str) -> dict[str, Gain] | None:
     """G of every method on one task; None if full fine-tuning is not clearly above the frozen backbone.
 
+    Clearly: by four standard errors. Below that a replicate's gap may be close to zero, and G anything.
+
     Paired: a replicate draws the same rows for all methods, and the same seeds for all that have as many.
 
     Args:
@@ -92,9 +96,9 @@ def gains(task: str, methods: Mapping[str, Scores], *, frozen: str, full: str) -
     replicates = {name: resampled(scores, rows_BR, drawn[len(scores.sums_SR)]) for name, scores in methods.items()}
     means = {name: float(scores.means_S().mean()) for name, scores in methods.items()}
     gap_B = replicates[full] - replicates[frozen]
-    if np.quantile(gap_B, 0.025) <= 0:
-        return None
     gap = means[full] - means[frozen]
+    if gap <= _CLEAR * gap_B.std():
+        return None
     return {
         name: Gain((means[name] - means[frozen]) / gap, (replicates[name] - replicates[frozen]) / gap_B)
         for name in methods

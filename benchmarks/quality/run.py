@@ -20,6 +20,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 from benchmarks.quality import cells, plan
 from benchmarks.quality.backbones import BACKBONES, digest
 from benchmarks.quality.cells import Cell, Result
+from benchmarks.quality.tasks import folder
 
 __all__: list[str] = []
 
@@ -45,7 +46,9 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder of the data, see benchmarks/quality/tasks.py")
+    parser.add_argument(
+        "--data", type=folder, required=True, help="folder of the data, see benchmarks/quality/tasks.py"
+    )
     parser.add_argument("--backbone", choices=BACKBONES, required=True)
     parser.add_argument("--minutes", type=float, default=40.0, help="no cell is begun after these")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
