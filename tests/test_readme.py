@@ -39,6 +39,7 @@ def test_the_chinese_readme_has_the_same_code_and_links() -> None:
     assert its_links ^ links == {"README.md", "README.zh.md"}
 
 
+@pytest.mark.timeout(900)
 def test_the_python_runs_in_a_clone(tmp_path: Path) -> None:
     """Both examples in turn, in a folder that holds what a clone holds; only the number of steps is cut."""
     first, second = _blocks("python")
@@ -48,9 +49,7 @@ def test_the_python_runs_in_a_clone(tmp_path: Path) -> None:
         f"{first}\nbard.save('bard.safetensors')\n{second}\nprint(ids.shape)\n"
     )
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, check=False, capture_output=True, text=True, timeout=250
-    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.strip().splitlines()) >= 4
 
