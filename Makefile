@@ -56,10 +56,23 @@ format: .venv/installed-dev ## Rewrite the source in the project's format.
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: .venv/installed-dev ## Run the scripts in benchmarks/.
-	@set -e; found=; for script in benchmarks/*.py; do \
-		[ -e "$$script" ] || continue; found=yes; echo "==> $$script"; $(BIN)/python "$$script"; \
-	done; [ -n "$$found" ] || echo "No benchmarks yet. Each will come to benchmarks/ together with its report."
+bench: .venv/installed-dev ## Run the scripts in benchmarks/; with DATA=DIR those, too, that read data.
+	@failed=; for script in benchmarks/*.py; do \
+		python=$(BIN)/python; data=; \
+		case $$script in \
+			*/vllm_*) python=.venv-vllm/bin/python; [ -e $$python ] || { echo "==> $$script: left out, make test-vllm installs vLLM"; continue; };; \
+		esac; \
+		if grep -q '"--data"' "$$script"; then \
+			[ -n "$(DATA)" ] || { echo "==> $$script: left out, it reads DATA=DIR"; continue; }; data='--data $(DATA)'; \
+		fi; \
+		echo "==> $$script"; "$$python" "$$script" $$data || failed="$$failed $$script"; \
+	done; \
+	if [ -n "$(DATA)" ]; then for backbone in tiny minilm; do \
+		echo "==> benchmarks.quality, $$backbone"; \
+		$(BIN)/python -m benchmarks.quality.run --data "$(DATA)" --backbone $$backbone || failed="$$failed quality"; \
+	done; $(BIN)/python -m benchmarks.quality.report --data "$(DATA)" || failed="$$failed quality"; fi; \
+	$(BIN)/python benchmarks/index.py; \
+	[ -z "$$failed" ] || { echo "Failed, or missed a target:$$failed"; exit 1; }
 
 clean: ## Remove what the tools and the demo wrote.
 	rm -rf demo_out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -161,7 +160,9 @@ def alone(name: str, method: Method, side: str) -> None:
     if torch.cuda.is_available():
         print(torch.cuda.max_memory_allocated())
     else:
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        # Not ru_maxrss, which begins with what the process had from which this one was forked.
+        lines = Path("/proc/self/status").read_text().splitlines()
+        print(1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")))
 
 
 def render(

@@ -129,11 +129,12 @@ class PrefixAttention:
     ) -> tuple[Tensor, Tensor | None]:
         """Answer one attention call of the model."""
         layer = self.order.next(module)
-        if layer is None or self.rows.longest(layer) == 0:
+        longest = 0 if layer is None else self.rows.longest(layer)
+        if layer is None or longest == 0:
             return inner(module, query, key, value, attention_mask, **kwargs)
         causal = kwargs.get("is_causal")
         causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
-        queries, longest = query.shape[2], self.rows.longest(layer)
+        queries = query.shape[2]
         bias = kwargs.get("position_bias")
         if bias is not None:
             kwargs["position_bias"] = self._biased(bias, module, layer)
@@ -218,6 +219,8 @@ class PrefixAttention:
     def _joined(self, mask: Any, query: Tensor, keys: int, causal: bool, layer: int) -> Any:
         """The mask over prefix and text. Layers of one part that share a mask share the joined one."""
         queries = query.shape[2]
+        if mask is None and queries == 1 and self._is_plain(layer):
+            return None
         signature = ("joined", queries, keys, causal, self.rows.parts[layer], self.windows.get(layer))
         if isinstance(mask, BlockMask):
             return self._once(signature, mask, lambda: _join_blocks(mask, self._visible(layer, queries), queries, keys))
@@ -226,8 +229,7 @@ class PrefixAttention:
     def _join(self, mask: Tensor | None, query: Tensor, keys: int, causal: bool, layer: int) -> Tensor | None:
         queries = query.shape[2]
         if mask is None:
-            uniform = self.rows.uniform[self.rows.parts[layer]] and layer not in self.windows
-            if uniform and (queries == 1 or not causal):
+            if self._is_plain(layer) and (queries == 1 or not causal):
                 return None
             text = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
             mask = _like(text.tril() if causal and queries > 1 else text, query)[None, None]
@@ -236,6 +238,10 @@ class PrefixAttention:
             visible = _like(visible, mask)
         batch, heads, queries = visible.shape[0], mask.shape[1], mask.shape[2]
         return torch.cat([visible.expand(-1, heads, queries, -1), mask.expand(batch, -1, -1, -1)], dim=-1)
+
+    def _is_plain(self, layer: int) -> bool:
+        """Whether every query sees all of the prefix."""
+        return self.rows.uniform[self.rows.parts[layer]] and layer not in self.windows
 
     def _visible(self, layer: int, queries: int) -> Bool[Tensor, "B 1 _T P"]:
         """Which positions of its prefix each query sees."""

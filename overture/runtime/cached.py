@@ -86,13 +86,13 @@ class PrefixedLayer(DynamicLayer):
         if self.rows is None or torch.compiler.is_compiling():
             joined: Pair = super().update(key_states, value_states, *args, **kwargs)
             return joined
-        if self.is_initialized and self.keys is not None and self.keys.shape[0] != key_states.shape[0]:
+        new, held = key_states.shape[2], self.plain[0] if self.buffers is None else self.buffers[0]
+        if held is not None and held.shape[0] != key_states.shape[0] and self.get_seq_length():
             raise ConfigError(
-                expected=f"the {self.keys.shape[0]} rows that the cache holds",
+                expected=f"the {held.shape[0]} rows that the cache holds",
                 got=f"a pass of {key_states.shape[0]}",
                 do="begin a cache of its own for other rows",
             )
-        new = key_states.shape[2]
         buffers = self.buffers if self._has_room(key_states, value_states) else self._build(key_states, value_states)
         assert buffers is not None
         # Every token comes here in every layer: `narrow` takes half as long as slices do.

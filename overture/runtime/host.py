@@ -260,7 +260,9 @@ class Host:
                 placed["input_ids"] = ids.masked_fill(window.slots.to(ids.device) >= 0, 0)
                 self.seam.expect(window)
         if self.spec.first_position is not None:
-            offsets = None if rows.prefixes is None else rows.prefixes.lengths["self"].repeat_interleave(times)
+            offsets = None if rows.prefixes is None else rows.prefixes.lengths["self"]
+            if offsets is not None and times > 1:
+                offsets = offsets.repeat_interleave(times)
             placed["position_ids"] = entered.positions(self.spec, offsets)
             check_room(self.spec, placed["position_ids"], ahead=rows.prefixes is not None)
         return placed

@@ -80,16 +80,14 @@ class Pass:
 
 def _parameters(forward: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     """The parameters of a forward method. Finding them takes as long as a small layer, so those of a class are kept."""
-    if not inspect.ismethod(forward):
-        return inspect.signature(forward).parameters
-    names = iter(_of_function(forward.__func__).items())
-    next(names)  # the module itself
-    return dict(names)
+    return _of_method(forward.__func__) if inspect.ismethod(forward) else inspect.signature(forward).parameters
 
 
 @lru_cache(maxsize=64)
-def _of_function(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(function).parameters
+def _of_method(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    names = iter(inspect.signature(function).parameters.items())
+    next(names)  # the module itself
+    return dict(names)
 
 
 def check_room(spec: ModelSpec, positions: Int[Tensor, "... T"], *, ahead: bool) -> None:
