@@ -139,13 +139,12 @@ class PrefixAttention:
         if bias is not None:
             kwargs["position_bias"] = self._biased(bias, module, layer)
         place = self._place(module)
-        if isinstance(place, PrefixedLayer) and place.given is not None:
-            assert key is place.given or key.shape[2] != place.taken, "a model that reworks what its cache holds"
-            if key is place.given:
-                # The prefix stands in the cache by now, in front of the text.
-                assert place.number == layer
-                mask = self._joined(attention_mask, query, key.shape[2] - longest, causal, layer)
-                return inner(module, query, key, value, mask, **kwargs)
+        given = place.given if isinstance(place, PrefixedLayer) else None
+        if given is not None and key is given[0] and value is given[1]:
+            # The prefix stands in front of the text in the cache by now.
+            mask = self._joined(attention_mask, query, key.shape[2], causal, layer)
+            key, value = place.joined()
+            return inner(module, query, key, value, mask, **kwargs)
         if attention_mask is None and causal and 1 < queries < key.shape[2]:
             # "No mask" over a longer cache means an empty static cache being filled: what follows is not text yet.
             key, value = key[:, :, :queries], value[:, :, :queries]

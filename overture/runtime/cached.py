@@ -8,8 +8,8 @@ Shape suffixes: B rows, K key/value heads, S text, N new text, D key size, E val
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
+from weakref import ref
 
 import torch
 from jaxtyping import Float
@@ -30,11 +30,11 @@ Pair = tuple[Tensor, Tensor]
 
 
 class PrefixedLayer(DynamicLayer):
-    """A cache layer that hands out prefix and text together while it is armed, and is a plain one otherwise.
+    """A cache layer with room for prefixes in front of its text.
 
-    To transformers it holds the text alone. Where others are put in the place of its keys and values (by beams, or
-    `crop`), the next step builds new buffers. A copy of it, and what `pickle` writes, is a plain layer: the text
-    without the prefixes, which are somebody's.
+    To transformers and to the model it holds the text alone; `joined` has both. Its tensors, read between two passes,
+    its copies, and what `pickle` writes are without the prefixes, which are somebody's. Where other tensors are put in
+    the place of its keys and values (by beams, or `crop`), the next step builds new buffers.
 
     Args:
         number: the attention layer, among all of the model.
@@ -50,17 +50,17 @@ class PrefixedLayer(DynamicLayer):
         self.number = number
         self.rows: PrefixRows | None = rows
         """The prefixes of the pass under way; None while the layer is not armed."""
-        self.built: PrefixRows | None = None
-        """The prefixes in the buffers."""
+        self.built: ref[PrefixRows] | None = None
+        """The prefixes in the buffers. They must not live for as long as a cache does."""
         self.ahead = self.taken = 0
         """Positions of the prefixes, and of these and the text, from the beginning of the buffers."""
-        self.given: Tensor | None = None
-        """The keys of prefix and text as the last step handed them out."""
+        self.given: Pair | None = None
+        """The text's keys and values as the last armed step handed them out."""
 
     @property
     def keys(self) -> Tensor | None:
         """Of the text."""
-        return self.plain[0] if self.buffers is None else self._of_text(self.buffers[0])
+        return self._text(0)
 
     @keys.setter
     def keys(self, keys: Tensor | None) -> None:
@@ -69,7 +69,7 @@ class PrefixedLayer(DynamicLayer):
     @property
     def values(self) -> Tensor | None:
         """Of the text."""
-        return self.plain[1] if self.buffers is None else self._of_text(self.buffers[1])
+        return self._text(1)
 
     @values.setter
     def values(self, values: Tensor | None) -> None:
@@ -82,10 +82,10 @@ class PrefixedLayer(DynamicLayer):
     def update(
         self, key_states: Float[Tensor, "B K N D"], value_states: Float[Tensor, "B K N E"], *args: Any, **kwargs: Any
     ) -> Pair:
-        """Take in new keys and values; all that there are, behind their prefixes if the layer is armed."""
+        """Take in new keys and values; gives the text's."""
         if self.rows is None or torch.compiler.is_compiling():
-            joined: Pair = super().update(key_states, value_states, *args, **kwargs)
-            return joined
+            text: Pair = super().update(key_states, value_states, *args, **kwargs)
+            return text
         new, held = key_states.shape[2], self.plain[0] if self.buffers is None else self.buffers[0]
         if held is not None and held.shape[0] != key_states.shape[0] and self.get_seq_length():
             raise ConfigError(
@@ -100,22 +100,32 @@ class PrefixedLayer(DynamicLayer):
         key.narrow(2, self.taken, new).copy_(key_states)
         value.narrow(2, self.taken, new).copy_(value_states)
         self.taken += new
-        return self._hand_out(key, value)
+        self.given = self._of_text(key), self._of_text(value)
+        return self.given
+
+    def joined(self) -> Pair:
+        """Prefixes and text."""
+        assert self.buffers is not None
+        key, value = self.buffers
+        return key.narrow(2, 0, self.taken), value.narrow(2, 0, self.taken)
 
     def take_over(self, layer: DynamicLayer) -> Pair:
-        """Hold what a plain layer holds, and hand it out behind the prefixes."""
+        """Hold what a plain layer holds; it and the prefixes."""
         assert layer.keys is not None
         assert layer.values is not None
         self.plain, self.is_initialized = (layer.keys, layer.values), True
-        return self._hand_out(*self._build(layer.keys[:, :, :0], layer.values[:, :, :0]))
+        self._build(layer.keys[:, :, :0], layer.values[:, :, :0])
+        return self.joined()
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Callable[..., DynamicLayer], Pair | tuple[()]]:
-        """For `copy` and `pickle`."""
-        keys, values = self.keys, self.values
-        return _plain, () if keys is None or values is None else (keys.clone(), values.clone())
+    def __reduce_ex__(self, protocol: Any) -> tuple[type[DynamicLayer], tuple[()], dict[str, Any]]:
+        """For `copy` and `pickle`: a layer of transformers' own that holds this text."""
+        held = self.plain if self.buffers is None else tuple(map(self._of_text, self.buffers))
+        keys, values = (None if tensor is None else tensor.clone() for tensor in held)
+        state = {"keys": keys, "values": values, "is_initialized": self.is_initialized}
+        return DynamicLayer, (), state if keys is None else state | {"dtype": keys.dtype, "device": keys.device}
 
     def _has_room(self, key: Tensor, value: Tensor) -> bool:
-        if self.buffers is None or self.built is not self.rows:
+        if self.buffers is None or self.built is None or self.built() is not self.rows:
             return False
         keys, values = self.buffers
         # As joining them would: what is wider than the buffers widens them (autocast that ended).
@@ -146,28 +156,21 @@ class PrefixedLayer(DynamicLayer):
             joined(rows.keys[self.number], self.keys, new_keys),
             joined(rows.values[self.number], self.values, new_values),
         )
-        self.buffers, self.built, self.plain, self.ahead, self.taken = made, rows, (None, None), ahead, ahead + old
+        self.buffers, self.built, self.plain, self.ahead, self.taken = made, ref(rows), (None, None), ahead, ahead + old
         self.is_initialized, self.dtype, self.device = True, made[0].dtype, made[0].device
         return made
 
-    def _hand_out(self, key: Tensor, value: Tensor) -> Pair:
-        self.given = key.narrow(2, 0, self.taken)
-        return self.given, value.narrow(2, 0, self.taken)
+    def _text(self, which: int) -> Tensor | None:
+        if self.buffers is not None and self.rows is None:
+            # Whoever reads between two passes may keep it, and a view would keep the prefixes.
+            self._release(*(self._of_text(buffer).clone() for buffer in self.buffers))
+        return self.plain[which] if self.buffers is None else self._of_text(self.buffers[which])
 
     def _of_text(self, buffer: Tensor) -> Tensor:
         return buffer.narrow(2, self.ahead, self.taken - self.ahead)
 
     def _release(self, keys: Tensor | None, values: Tensor | None) -> None:
         self.plain, self.buffers, self.built, self.given = (keys, values), None, None, None
-
-
-def _plain(*text: Tensor) -> DynamicLayer:
-    """A layer of transformers' own that holds this text."""
-    layer = DynamicLayer()
-    if text:
-        layer.lazy_initialization(*text)
-        layer.keys, layer.values = text
-    return layer
 
 
 def growing(cache: object) -> DynamicCache | None:
@@ -178,12 +181,12 @@ def growing(cache: object) -> DynamicCache | None:
 
 
 def keeps(rows: PrefixRows, number: int) -> bool:
-    """Whether a cache takes in the prefixes of an attention layer."""
+    """Whether a cache takes in the prefixes of an attention layer: there are some, and they are not too long."""
     return 0 < rows.longest(number) <= _LONGEST
 
 
 def arm(cache: DynamicCache, rows: PrefixRows) -> None:
-    """Let prefixed layers hand out these prefixes, until `disarm`."""
+    """Let prefixed layers keep these prefixes, until `disarm`."""
     for layer in cache.layers:
         if isinstance(layer, PrefixedLayer) and keeps(rows, layer.number):
             layer.rows = rows

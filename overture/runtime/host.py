@@ -86,11 +86,6 @@ class Host:
         for index, module in enumerate(modules):
             self.layers.setdefault(id(module), []).append(index)
         self.windows = {i: layer.window for i, layer in enumerate(self.spec.layers) if layer.window is not None}
-        # Where layers read the keys of others (Gemma 3n, Gemma 4), each has a prefix of its own to put in front.
-        config = model.config.get_text_config(decoder=True)
-        self._lends_keys = bool(
-            getattr(config, "num_kv_shared_layers", 0) or any(getattr(config, "kv_sharing_modes", ()))
-        )
         # Hosts are kept for as long as their modules live, so they must not keep them alive.
         self._stacks = [weakref.ref(stack) for stack in stacks(model, self.spec.layers)]
         of_decoder = [m for m, layer in zip(modules, self.spec.layers, strict=False) if layer.part == "decoder"]
@@ -203,7 +198,7 @@ class Host:
             self.seam.moved = moved
             self.seam.take_back()
             cache = growing(new.get("past_key_values"))
-            if cache is not None and not (self._lends_keys or rows.path == "merge" or is_compiled(module)):
+            if cache is not None and not (rows.path == "merge" or is_compiled(module)):
                 self.seam.lend(cache, prefixes)
             new[dispatch.KEYWORD] = PrefixAttention(
                 prefixes,

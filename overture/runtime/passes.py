@@ -8,8 +8,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Int
@@ -80,14 +80,16 @@ class Pass:
 
 def _parameters(forward: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     """The parameters of a forward method. Finding them takes as long as a small layer, so those of a class are kept."""
-    return _of_method(forward.__func__) if inspect.ismethod(forward) else inspect.signature(forward).parameters
+    if not inspect.ismethod(forward):
+        return inspect.signature(forward).parameters
+    found = _OF_METHODS.get(forward.__func__)
+    if found is None:
+        found = _OF_METHODS[forward.__func__] = inspect.signature(forward).parameters
+    return found
 
 
-@lru_cache(maxsize=64)
-def _of_method(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
-    names = iter(inspect.signature(function).parameters.items())
-    next(names)  # the module itself
-    return dict(names)
+# Weakly: a function that was put in the place of a model's own may hold the model.
+_OF_METHODS: WeakKeyDictionary[Callable[..., Any], Mapping[str, inspect.Parameter]] = WeakKeyDictionary()
 
 
 def check_room(spec: ModelSpec, positions: Int[Tensor, "... T"], *, ahead: bool) -> None:

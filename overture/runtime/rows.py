@@ -105,7 +105,7 @@ class Fold:
         return rows if self.prefixed is None else _where(self.prefixed, rows, without)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class PrefixRows:
     """Distinct prefixes stacked once, and each row's choice among them.
 

@@ -32,7 +32,7 @@ class Seam:
     written: bool = False
     """True once it did."""
     cache: DynamicCache | None = None
-    """The cache of this forward pass, if its layers hand out prefixes."""
+    """The cache of this forward pass, if its layers may keep prefixes."""
     moved: Moved | None = None
     """How far the text of this forward pass stands behind its prefixes, where the model takes no positions."""
 
@@ -41,7 +41,7 @@ class Seam:
         self.window, self.written = window, False
 
     def lend(self, cache: DynamicCache, rows: PrefixRows) -> None:
-        """Let the layers of the next forward pass's cache hand out prefixes."""
+        """Let the layers of the next forward pass's cache keep prefixes in front of the text."""
         self.cache = cache
         arm(cache, rows)
 
