@@ -31,6 +31,13 @@ def _style(method: str) -> dict[str, str]:
     }
 
 
+def _legend(figure: Figure, axes: Axes) -> None:
+    """One for all, above the axes."""
+    handles, names = axes.get_legend_handles_labels()
+    columns = min(len(names), max(2, int(figure.get_figwidth() / 1.2)))
+    figure.legend(handles, names, loc="outside upper center", ncols=columns, fontsize=7, frameon=False)
+
+
 def gain_by_task(tasks: Sequence[Found], path: Path) -> None:
     """G of every method on every task, with intervals."""
     shown = [one for one in tasks if one.gains]
@@ -53,11 +60,12 @@ def gain_by_task(tasks: Sequence[Found], path: Path) -> None:
         )
     for level, name in ((0.0, "frozen"), (1.0, "full fine-tuning")):
         axes.axhline(level, color="0.6", linewidth=0.8, linestyle=":")
-        axes.text(len(shown) - 0.5, level, f" {name}", fontsize=7, color="0.4", va="center")
+        axes.text(-0.48, level + 0.02, name, fontsize=7, color="0.4")
     axes.set_xticks(range(len(shown)), [one.task.name for one in shown], fontsize=8)
     axes.set_ylabel("G")
-    axes.set_ylim(-0.5, 1.4)
-    axes.legend(fontsize=7, ncols=2)
+    axes.set_xlim(-0.5, len(shown) - 0.5)
+    axes.set_ylim(-0.5, 1.6)
+    _legend(figure, axes)
     figure.savefig(path, dpi=120)
 
 
@@ -79,7 +87,7 @@ def curves(tasks: Sequence[Found], path: Path) -> None:
         axes.set_ylabel("dev loss", fontsize=8)
         axes.tick_params(labelsize=7)
         if place == 0:
-            axes.legend(fontsize=6)
+            _legend(figure, axes)
     figure.savefig(path, dpi=120)
 
 
@@ -99,10 +107,10 @@ def gain_by_rate(rates: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]
                 [r / least for r, _ in points], [g for _, g in points], label=method, markersize=3, **_style(method)
             )
         axes.set_xscale("log")
-        axes.set_ylim(bottom=-0.5)
+        axes.set_ylim(bottom=max(-0.5, min(0.0, *(g for points in methods.values() for _, g in points))))
         axes.set_title(task, fontsize=9)
         axes.set_xlabel("step size / smallest tried", fontsize=8)
         axes.set_ylabel("G", fontsize=8)
         if place == 0:
-            axes.legend(fontsize=6)
+            _legend(figure, axes)
     figure.savefig(path, dpi=120)
