@@ -213,8 +213,11 @@ def test_with_gradient_the_cache_stays_transformers_own(model: PreTrainedModel) 
 
 @pytest.mark.parametrize("wide", [(False, True), (True, False), (False, True, False)], ids=str)
 def test_a_pass_in_another_dtype(monkeypatch: pytest.MonkeyPatch, wide: tuple[bool, ...]) -> None:
-    """Autocast begins or ends between two passes. Oracle: transformers' own cache, prefixes joined at every step."""
-    model = build("llama", dtype=torch.float32)
+    """Autocast begins or ends between two passes. Oracle: transformers' own cache, prefixes joined at every step.
+
+    GPT-2's keys are bf16 then; a rotary embedding would make them fp32 again.
+    """
+    model = build("gpt2", dtype=torch.float32)
     ids, rows = texts(2, 12), prefix(model, 4)
 
     def run() -> tuple[list[Tensor], DynamicCache]:
