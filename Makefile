@@ -58,21 +58,26 @@ format: .venv/installed-dev ## Rewrite the source in the project's format.
 
 bench: .venv/installed-dev ## Run the scripts in benchmarks/; with DATA=DIR those, too, that read data.
 	@failed=; for script in benchmarks/*.py; do \
-		python=$(BIN)/python; data=; \
+		python=$(BIN)/python; set --; \
 		case $$script in \
-			*/vllm_*) python=.venv-vllm/bin/python; [ -e $$python ] || { echo "==> $$script: left out, make test-vllm installs vLLM"; continue; };; \
+			*/index.py) continue;; \
+			*/vllm_*) python=.venv-vllm/bin/python; \
+				[ -e $$python ] || { echo "==> $$script: left out, make test-vllm installs vLLM"; continue; };; \
 		esac; \
 		if grep -q '"--data"' "$$script"; then \
-			[ -n "$(DATA)" ] || { echo "==> $$script: left out, it reads DATA=DIR"; continue; }; data='--data $(DATA)'; \
+			[ -n "$(DATA)" ] || { echo "==> $$script: left out, it reads DATA=DIR"; continue; }; \
+			set -- --data "$(DATA)"; \
 		fi; \
-		echo "==> $$script"; "$$python" "$$script" $$data || failed="$$failed $$script"; \
+		echo "==> $$script"; "$$python" "$$script" "$$@" || failed="$$failed $$script"; \
 	done; \
-	if [ -n "$(DATA)" ]; then for backbone in tiny minilm; do \
-		echo "==> benchmarks.quality, $$backbone"; \
-		$(BIN)/python -m benchmarks.quality.run --data "$(DATA)" --backbone $$backbone || failed="$$failed quality"; \
-	done; $(BIN)/python -m benchmarks.quality.report --data "$(DATA)" || failed="$$failed quality"; fi; \
+	if [ -n "$(DATA)" ]; then \
+		for step in "run --backbone tiny" "run --backbone minilm" report; do \
+			echo "==> benchmarks.quality.$$step"; \
+			$(BIN)/python -m benchmarks.quality.$$step --data "$(DATA)" || failed="$$failed quality"; \
+		done; \
+	fi; \
 	$(BIN)/python benchmarks/index.py; \
-	[ -z "$$failed" ] || { echo "Failed, or missed a target:$$failed"; exit 1; }
+	[ -z "$$failed" ] || { echo "Failed:$$failed"; exit 1; }
 
 clean: ## Remove what the tools and the demo wrote.
 	rm -rf demo_out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

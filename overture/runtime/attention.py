@@ -218,18 +218,16 @@ class PrefixAttention:
     def _joined(self, mask: Any, query: Tensor, keys: int, causal: bool, layer: int) -> Any:
         """The mask over prefix and text. Layers of one part that share a mask share the joined one."""
         queries = query.shape[2]
-        if mask is None and queries == 1 and self._is_plain(layer):
+        if mask is None and self._is_plain(layer) and (queries == 1 or not causal):
             return None
         signature = ("joined", queries, keys, causal, self.rows.parts[layer], self.windows.get(layer))
         if isinstance(mask, BlockMask):
             return self._once(signature, mask, lambda: _join_blocks(mask, self._visible(layer, queries), queries, keys))
         return self._once(signature, mask, lambda: self._join(mask, query, keys, causal, layer))
 
-    def _join(self, mask: Tensor | None, query: Tensor, keys: int, causal: bool, layer: int) -> Tensor | None:
+    def _join(self, mask: Tensor | None, query: Tensor, keys: int, causal: bool, layer: int) -> Tensor:
         queries = query.shape[2]
         if mask is None:
-            if self._is_plain(layer) and (queries == 1 or not causal):
-                return None
             text = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
             mask = _like(text.tril() if causal and queries > 1 else text, query)[None, None]
         visible = self._visible(layer, queries).to(mask.device)

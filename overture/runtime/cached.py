@@ -175,9 +175,9 @@ class PrefixedLayer(DynamicLayer):
 
 def growing(cache: object) -> DynamicCache | None:
     """The cache, if its layers may be exchanged for prefixed ones: transformers' own, not offloaded, no gradient."""
-    if not isinstance(cache, DynamicCache) or type(cache) is not DynamicCache:
+    if type(cache) is not DynamicCache or cache.offloading or torch.is_grad_enabled():
         return None
-    return None if cache.offloading or torch.is_grad_enabled() else cache
+    return cache
 
 
 def keeps(rows: PrefixRows, number: int) -> bool:
