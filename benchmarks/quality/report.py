@@ -154,7 +154,7 @@ G is measured on rows that were never trained on or chosen by. `ours` is Overtur
 prompt. All have the same backbone, rows, batches, steps, schedule, number of trials and seeds; brackets hold 95 % of a
 paired bootstrap over rows and seeds.
 
-- The budget is small on purpose: what two cores do in an hour. Longer runs look different: `e2e long` is e2e with
+- The budget is small on purpose: what two cores do in two hours. Longer runs look different: `e2e long` is e2e with
   three times the steps, and is not counted in the means.
 - Trials: four step sizes over a 32-fold range for every method (full fine-tuning and LoRA, too), one seed, on one task
   for texts and on one for choices; the best by dev loss is what runs everywhere. The best of six evaluations on the
